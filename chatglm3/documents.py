@@ -1,0 +1,55 @@
+"""Document questions as prompts, and cited answers as text: the one builder that prepare, evaluate and serve use."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+REFUSAL = "根据提供的文档无法回答该问题。"
+_CITATIONS = re.compile(r"(?:\[\d+\])+\s*$")
+
+
+@dataclass(frozen=True)
+class DocumentAnswer:
+    """An answer taken apart: its text, the 1-based numbers of the documents it cites, whether it is a refusal."""
+
+    text: str
+    citations: tuple[int, ...]
+    refused: bool
+
+
+def seed_prompt(document: str, question: str) -> str:
+    """The predecessor's single-document prompt, character for character."""
+    # Concatenated, not formatted: braces and percent signs in a document are text.
+    return (
+        "你现在是一个可以根据文档内容进行问答的机器人，以下是用于参考的文档内容：\n\n"
+        + document
+        + "\n问题为："
+        + question
+        + "\n答："
+    )
+
+
+def documents_prompt(documents: Sequence[str], question: str) -> str:
+    """The multi-document prompt: the seed's, with numbered documents, so that answers can cite `[i]`."""
+    return seed_prompt("\n".join(f"[{number}] {text}" for number, text in enumerate(documents, 1)), question)
+
+
+def cited_answer(answer: str, number: int) -> str:
+    """The text a model learns to write when document `number` (1-based) holds `answer`."""
+    return f"{answer}[{number}]"
+
+
+def parse_answer(reply: str) -> DocumentAnswer:
+    """Take the trailing citations off a model's reply; the reverse of `cited_answer`."""
+    reply = reply.strip()
+    tail = _CITATIONS.search(reply)
+    text = reply[: tail.start()].rstrip() if tail else reply
+    numbers = tuple(dict.fromkeys(map(int, re.findall(r"\d+", tail.group())))) if tail else ()
+    return DocumentAnswer(text, numbers, refused=text == REFUSAL)
+
+
+def format_digest() -> str:
+    """sha256 of the prompt and answer wording: models tuned with another wording must not be asked with this one."""
+    samples = [seed_prompt("{d}", "{q}"), documents_prompt(["{d}", "{e}"], "{q}"), cited_answer("{a}", 1), REFUSAL]
+    return hashlib.sha256("\0".join(samples).encode()).hexdigest()

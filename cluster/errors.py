@@ -1,0 +1,5 @@
+"""The error that is meant for the person who typed the command."""
+
+
+class StageError(RuntimeError):
+    """Something the user can mend: one line that names the file or field and the remedy; exit code 1."""
