@@ -1,0 +1,1 @@
+"""What happens to data and weights: prepare, train, merge, evaluate, predict; a module a stage."""
