@@ -1,0 +1,29 @@
+"""`python -m pipelines STAGE [flags]`: the one place that reads the command line."""
+
+import logging
+import os
+import sys
+
+from chatglm3.errors import ModelError
+from cluster.commands import run_command
+from cluster.errors import StageError
+from pipelines.predecessor import translate_flags
+
+STAGES = {
+    "prepare": ("pipelines.preparation:prepare", "check raw shards, split by document, write instruction rows"),
+    "train": ("pipelines.training:train", "fine-tune a LoRA adapter on any number of workers"),
+    "merge": ("pipelines.merging:merge", "fold an adapter into its base: bf16, nf4 or int8"),
+    "evaluate": ("pipelines.evaluation:evaluate", "score a model on the dev rows, beside another one"),
+    "predict": ("pipelines.prediction:predict", "ask one question, or chat in the terminal"),
+    "demo": ("pipelines.demo:demo", "all of them on the built-in tiny model, ending with an HTTP answer"),
+}
+
+if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends an optional package at each import
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.exit(
+        run_command(
+            "python -m pipelines", STAGES, sys.argv[1:], (StageError, ModelError), translate={"train": translate_flags}
+        )
+    )

@@ -1,0 +1,175 @@
+"""The predecessor's train flags and its JSON file of Hugging Face TrainingArguments, translated to ours by name."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import StageError
+
+RENAMED = {
+    "--model_name_or_path": "--base",
+    "--lora_rank": "--lora.rank",
+    "--lora_dim": "--lora.alpha",  # its code passes lora_dim as LoraConfig's lora_alpha
+}
+ATTENTION = "[q_proj, k_proj, v_proj]"
+ROW_FILES = ("--train_data_path", "--eval_data_path")
+
+
+def translate_flags(flags: list[str]) -> list[str]:
+    """Our flags for the predecessor's, the rest unchanged. What came from its JSON file goes first, so flags beat it.
+
+    Prints to stderr what became of each field. Raises StageError naming a field that has no meaning here.
+    """
+    settings: list[str] = []
+    own: list[str] = []
+    words = iter(_split_equals(flags))
+    for word in words:
+        if word == "--train_args_json":
+            settings += read_training_arguments(_value(word, words))
+        elif word in ROW_FILES:
+            own += _data_flag(word, _value(word, words), own)
+        else:
+            own.append(RENAMED.get(word, word))
+    return settings + own
+
+
+def read_training_arguments(path: str) -> list[str]:
+    """The flags that a TrainingArguments JSON file amounts to. Raises StageError."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StageError(
+            f"--train_args_json {path}: {error.strerror}; name the JSON file of training arguments"
+        ) from None
+    except ValueError as error:
+        raise StageError(f"--train_args_json {path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise StageError(f"--train_args_json {path} must hold one object of training arguments")
+    flags: list[str] = []
+    for name, value in fields.items():
+        translate = FIELDS.get(name)
+        if translate is None:
+            raise StageError(f"--train_args_json {path}: {name} has no meaning here; take it out (see train -h)")
+        new, remark = translate(value, fields, f"--train_args_json {path}: {name}")
+        flags += new
+        print(f"train: {name}: {value} -> {' '.join(new) or remark}", file=sys.stderr)
+    print(f"train: adapters on q, k and v, as there -> --lora.targets {ATTENTION}", file=sys.stderr)
+    return [*flags, "--lora.targets", ATTENTION]
+
+
+Translated = tuple[list[str], str]
+Translator = Callable[[Any, dict[str, Any], str], Translated]
+
+
+def _flag(name: str) -> Translator:
+    return lambda value, fields, where: ([name, str(value)], "")
+
+
+def _only(allowed: Any, remark: str) -> Translator:
+    """A field that is accepted with one value: the one that describes what is done here anyway."""
+
+    def translate(value: Any, fields: dict[str, Any], where: str) -> Translated:
+        if value != allowed:
+            raise StageError(f"{where}: {value!r} is not supported, only {allowed!r}; change it or take it out")
+        return [], remark
+
+    return translate
+
+
+def _remark(text: str) -> Translator:
+    return lambda value, fields, where: ([], text)
+
+
+def _batch_size(value: Any, fields: dict[str, Any], where: str) -> Translated:
+    examples = int(fields.get("per_device_train_batch_size", 8)) * int(fields.get("gradient_accumulation_steps", 1))
+    return ["--batch_size", str(examples)], ""
+
+
+def _schedule(value: Any, fields: dict[str, Any], where: str) -> Translated:
+    if value not in ("linear", "cosine", "constant"):
+        raise StageError(f"{where}: {value!r} is not supported; choose linear, cosine or constant")
+    return ["--schedule", value], ""
+
+
+def _every(flag: str, steps_field: str) -> Translator:
+    """save_strategy and evaluation_strategy: `steps` leaves the number to its own field, `epoch` is our 0."""
+
+    def translate(value: Any, fields: dict[str, Any], where: str) -> Translated:
+        if value == "steps":
+            return [], f"every {steps_field}"
+        if value == "epoch":
+            return [flag, "0"], ""
+        raise StageError(f"{where}: {value!r} is not supported; choose steps or epoch")
+
+    return translate
+
+
+def _steps(flag: str, strategy_fields: tuple[str, ...]) -> Translator:
+    def translate(value: Any, fields: dict[str, Any], where: str) -> Translated:
+        if "epoch" in (fields.get(name) for name in strategy_fields):
+            return [], "no effect: the strategy is epoch"
+        return [flag, str(value)], ""
+
+    return translate
+
+
+FIELDS: dict[str, Translator] = {
+    "output_dir": _flag("--out"),
+    "per_device_train_batch_size": _batch_size,
+    "gradient_accumulation_steps": _remark("counted in --batch_size"),
+    "per_device_eval_batch_size": _remark("no effect: dev rows are packed into blocks of --block_tokens"),
+    "learning_rate": _flag("--learning_rate"),
+    "num_train_epochs": _flag("--epochs"),
+    "max_steps": _flag("--max_steps"),
+    "lr_scheduler_type": _schedule,
+    "warmup_ratio": _flag("--warmup_ratio"),
+    "weight_decay": _flag("--weight_decay"),
+    "max_grad_norm": _flag("--max_grad_norm"),
+    "logging_steps": _remark("every step is logged"),
+    "save_strategy": _every("--save_steps", "save_steps"),
+    "save_steps": _steps("--save_steps", ("save_strategy",)),
+    "save_total_limit": _flag("--keep_checkpoints"),
+    "evaluation_strategy": _every("--eval_steps", "eval_steps"),
+    "eval_strategy": _every("--eval_steps", "eval_steps"),
+    "eval_steps": _steps("--eval_steps", ("evaluation_strategy", "eval_strategy")),
+    "gradient_checkpointing": _flag("--recompute"),
+    "optim": _only("adamw_torch", "the optimizer is AdamW"),
+    "fp16": _only(False, "computed in bfloat16"),
+    "remove_unused_columns": _only(False, "rows hold just what is needed"),
+    "ddp_find_unused_parameters": _only(False, "every adapter is used"),
+    "seed": _flag("--seed"),
+}
+
+
+def _data_flag(flag: str, path: str, own: list[str]) -> list[str]:
+    """`--data FOLDER` for a file or folder of rows inside a folder that prepare wrote."""
+    place = Path(path)
+    if place.suffix in (".json", ".jsonl"):
+        place = place.parent
+    folder = place.parent if place.name in ("train", "dev") else place
+    if not (folder / "receipt.json").is_file():
+        raise StageError(
+            f"{flag} {path}: not written by prepare; run prepare --raw SHARDS --out {folder}, then --data {folder}"
+        )
+    if "--data" in own:
+        given = own[own.index("--data") + 1]
+        if os.path.realpath(given) != os.path.realpath(folder):
+            raise StageError(
+                f"{flag} {path}: training and dev rows must lie in one prepared folder, not also in {given}"
+            )
+        return []
+    return ["--data", str(folder)]
+
+
+def _split_equals(flags: list[str]) -> list[str]:
+    return [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+
+
+def _value(flag: str, words: Any) -> str:
+    value = next(words, None)
+    if value is None:
+        raise StageError(f"{flag} needs a value")
+    return str(value)

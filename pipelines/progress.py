@@ -1,0 +1,124 @@
+"""Training to look at: metrics.jsonl and TensorBoard from the worker, a bar at the driver, a picture at the end."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+SECONDS_BETWEEN_LINES = 20  # without a terminal, a bar becomes lines
+
+
+class MetricsLog:
+    """The first worker's record of every step, as JSON lines and for TensorBoard; goes on after a restart."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        # Steps after the checkpoint are computed again: the curve must hold each step once.
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Record one step."""
+        self._file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics["step"])
+        self._board.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file, of which a killed worker may have left half a line."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+class LossBoard:
+    """A progress bar beside `trainer.fit()`: follows the metrics file in a thread of the driver."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self._path, self._steps = path, steps
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "LossBoard":
+        done = len(read_metrics(self._path))
+        if done:
+            print(f"train: resuming: an earlier run of this reached step {done}; going on from its last checkpoint")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        terminal = sys.stdout.isatty()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        last_line = time.monotonic()
+        with Progress(*columns, disable=not terminal) as progress:
+            task = progress.add_task("starting workers", total=self._steps)
+            stopping = False
+            while not stopping:
+                stopping = self._stop.wait(1.0)
+                rows = read_metrics(self._path)
+                if not rows:
+                    continue
+                progress.update(task, completed=len(rows), description=_describe(rows))
+                if not terminal and (stopping or time.monotonic() - last_line > SECONDS_BETWEEN_LINES):
+                    print(f"train: step {len(rows)}/{self._steps} {_describe(rows)}", flush=True)
+                    last_line = time.monotonic()
+
+
+def _describe(rows: list[dict[str, Any]]) -> str:
+    recent = [row["loss"] for row in rows[-10:]]
+    dev = [row["dev_loss"] for row in rows if "dev_loss" in row]
+    return f"loss {sum(recent) / len(recent):.3f}" + (f" dev {dev[-1]:.3f}" if dev else "")
+
+
+def draw_losses(metrics: Path, picture: Path) -> dict[str, float]:
+    """Draw the loss curve of a metrics file and return its last values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(metrics)
+    dev = [row for row in rows if "dev_loss" in row]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], alpha=0.4, label="training, each step")
+    axes.plot([row["step"] for row in rows], _smooth([row["loss"] for row in rows]), label="training, smoothed")
+    if dev:
+        axes.plot([row["step"] for row in dev], [row["dev_loss"] for row in dev], "o-", label="dev")
+    axes.set(xlabel="step", ylabel="loss per answer token", title="Fine-tuning", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    last = {"loss": rows[-1]["loss"]} if rows else {}
+    return last | ({"dev_loss": dev[-1]["dev_loss"]} if dev else {})
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    smoothed: list[float] = []
+    total = norm = 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed

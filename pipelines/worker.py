@@ -1,0 +1,173 @@
+"""What each training worker does: its share of every step, checkpoints, metrics. One process per GPU."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from ray.train import Checkpoint
+from ray.train.torch import get_device
+from safetensors.torch import load_file
+
+from cluster.config import Config
+from pipelines.blocks import BlockFile, BlockOrder
+from pipelines.packing import Block
+from pipelines.progress import MetricsLog
+from pipelines.step import (
+    BaseFormat,
+    answer_loss,
+    recompute_layers,
+    run_blocks,
+    sum_over_workers,
+    to_batch,
+    trainable_model,
+)
+
+
+class TrainingPlan(Config):
+    """All a worker must know, worked out by the train stage."""
+
+    base: str
+    base_format: BaseFormat
+    lora: dict[str, Any]
+    recompute: bool
+    learning_rate: float
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    folder: str
+    """Where metrics.jsonl and tensorboard/ go; shared by all nodes."""
+    train_blocks: str
+    dev_blocks: str
+    blocks_per_step: int
+    steps: int
+    save_every: int
+    eval_every: int
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train this worker's share from the last checkpoint to the plan's last step."""
+    plan = TrainingPlan(**settings)
+    context = ray.train.get_context()
+    training = Training(plan, context.get_world_rank(), context.get_world_size(), get_device())
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            training.load(Path(folder))
+    log = MetricsLog(Path(plan.folder), training.step) if training.rank == 0 else None
+    while training.step < plan.steps:
+        metrics = training.advance()
+        last = training.step == plan.steps
+        if training.step % plan.eval_every == 0 or last:
+            metrics |= training.evaluate()
+        if log:
+            log.write(metrics)
+        if training.step % plan.save_every == 0 or last:
+            _report(training, metrics)
+
+
+def _report(training: "Training", metrics: dict[str, float]) -> None:
+    """Hand a checkpoint to Ray Train; every worker takes part, the first one writes."""
+    if training.rank:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        training.save(Path(folder))
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+class Training:
+    """Model, optimizer and step number of one worker. Knows Ray only by rank and world size."""
+
+    def __init__(self, plan: TrainingPlan, rank: int, world: int, device: torch.device) -> None:
+        self.plan, self.rank, self.world, self.device = plan, rank, world, device
+        self.step = 0
+        torch.manual_seed(plan.seed)  # every worker draws the same adapters
+        self.model: PeftModel = trainable_model(plan.base, plan.base_format, _lora_config(plan.lora), device)
+        if plan.recompute:
+            recompute_layers(self.model)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        self.train_blocks, self.dev_blocks = BlockFile(plan.train_blocks), BlockFile(plan.dev_blocks)
+        self.order = BlockOrder(len(self.train_blocks), plan.blocks_per_step, plan.seed)
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step over all workers; returns its metrics. Raises FloatingPointError for a loss of NaN."""
+        started = time.monotonic()
+        rate = learning_rate(self.plan, self.step)
+        targets = int(self.train_blocks.target_counts[self.order.step(self.step)].sum())
+        share = self.order.share(self.step, self.rank, self.world)
+        blocks = [self.train_blocks[index] for index in share]
+        loss = run_blocks(self.model, blocks, max(targets, 1), f"{self.plan.seed}:{self.step}")
+        loss = sum_over_workers(self.parameters, loss)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(f"the loss is {value} at step {self.step + 1}, rows {_rows(blocks)}")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {
+            "step": self.step,
+            "epoch": self.step / self.order.steps_per_epoch,
+            "loss": value,
+            "learning_rate": rate,
+            "grad_norm": norm.item(),
+            "answer_tokens": targets,
+            "seconds": time.monotonic() - started,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss over all answer tokens of the dev rows; {} where there are none."""
+        targets = int(self.dev_blocks.target_counts.sum())
+        if not targets:
+            return {}
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        for index in range(self.rank, len(self.dev_blocks), self.world):
+            total += answer_loss(self.model, to_batch(self.dev_blocks[index], self.device))
+        self.model.train()
+        return {"dev_loss": sum_over_workers([], total).item() / targets}
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter (plain PEFT) and the optimizer's state."""
+        self.model.save_pretrained(folder / "adapter")
+        torch.save({"step": self.step, "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+        set_peft_model_state_dict(self.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        state = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def learning_rate(plan: TrainingPlan, step: int) -> float:
+    """The rate of 0-based `step`: linear warm-up, then the schedule, which reaches 0 after the last step."""
+    warmup = math.ceil(plan.warmup_ratio * plan.steps)
+    if step < warmup:
+        return plan.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, plan.steps - warmup)
+    factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    return plan.learning_rate * factor[plan.schedule]
+
+
+def _lora_config(lora: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["targets"],
+        task_type="CAUSAL_LM",
+    )
+
+
+def _rows(blocks: list[Block]) -> str:
+    return ", ".join(row for block in blocks for row in block.rows[:20])

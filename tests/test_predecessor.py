@@ -1,0 +1,89 @@
+"""The predecessor's commands: its JSON of training arguments, its flags."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import StageError
+from pipelines.predecessor import translate_flags
+
+QLORA: dict[str, Any] = {
+    "output_dir": "saved_files/chatglm3-6b_QLoRA",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 8,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.1,
+    "logging_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "evaluation_strategy": "steps",
+    "eval_steps": 500,
+    "optim": "adamw_torch",
+    "fp16": False,
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,
+    "seed": 42,
+}
+
+
+def translate(tmp_path: Path, fields: dict[str, Any], *flags: str) -> dict[str, str]:
+    file = tmp_path / "chatglm3-6b_QLoRA.json"
+    file.write_text(json.dumps(fields))
+    words = translate_flags(["--train_args_json", str(file), *flags])
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_its_own_file_becomes_our_flags_and_each_field_is_accounted_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert translate(tmp_path, QLORA, "--lora_rank", "4", "--lora_dim=8", "--model_name_or_path", "chatglm3-6b") == {
+        "--out": "saved_files/chatglm3-6b_QLoRA",
+        "--batch_size": "32",
+        "--learning_rate": "0.001",
+        "--epochs": "1.0",
+        "--schedule": "linear",
+        "--warmup_ratio": "0.1",
+        "--save_steps": "500",
+        "--eval_steps": "500",
+        "--seed": "42",
+        "--lora.targets": "[q_proj, k_proj, v_proj]",
+        "--lora.rank": "4",
+        "--lora.alpha": "8",
+        "--base": "chatglm3-6b",
+    }
+    said = capsys.readouterr().err
+    assert all(f"train: {field}: " in said for field in QLORA)
+
+
+def test_flags_beat_the_file(tmp_path: Path) -> None:
+    assert translate(tmp_path, QLORA, "--seed", "7")["--seed"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"deepspeed": "x.json"}, "deepspeed has no meaning here; take it out"),
+        ({"fp16": True}, "fp16: True is not supported, only False"),
+        ({"optim": "adafactor"}, "optim: 'adafactor' is not supported, only 'adamw_torch'"),
+        ({"lr_scheduler_type": "polynomial"}, "'polynomial' is not supported; choose linear, cosine or constant"),
+        ({"save_strategy": "no"}, "save_strategy: 'no' is not supported; choose steps or epoch"),
+    ],
+)
+def test_a_field_without_meaning_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        translate(tmp_path, fields)
+
+
+def test_its_row_files_must_come_from_prepare(tmp_path: Path) -> None:
+    for side in ("train", "dev"):
+        (tmp_path / "data" / side).mkdir(parents=True)
+    (tmp_path / "data" / "receipt.json").write_text("{}")
+    flags = ["--train_data_path", f"{tmp_path}/data/train/part-00000.jsonl", "--eval_data_path", f"{tmp_path}/data/dev"]
+    assert translate_flags(flags) == ["--data", f"{tmp_path}/data"]
+    with pytest.raises(StageError, match="not written by prepare; run prepare"):
+        translate_flags(["--train_data_path", f"{tmp_path}/elsewhere/train.json"])

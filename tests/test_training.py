@@ -1,0 +1,120 @@
+"""Training through Ray: the same curve on any number of workers, after kill -9, and after a rerun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from chatglm3.tiny.knowledge import write_shards
+from cluster.errors import StageError
+from pipelines.preparation import PrepareConfig, prepare
+from pipelines.training import TrainConfig, train
+
+pytestmark = pytest.mark.slow
+SETTINGS: dict[str, Any] = {
+    "base_format": "fp32",
+    "max_steps": 12,
+    "save_steps": 2,
+    "batch_size": 8,
+    "block_tokens": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    write_shards(str(folder / "raw"), "demo", 120, seed=5)
+    return prepare(PrepareConfig(raw=str(folder / "raw"), out=str(folder / "data")))
+
+
+def curve(adapter: str | Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").open()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> str:
+    return train(TrainConfig(data=data, out=str(tmp_path_factory.mktemp("one") / "adapter"), **SETTINGS))
+
+
+def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage_must_know(
+    undisturbed: str, data: str
+) -> None:
+    names = {path.name for path in Path(undisturbed).iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "loss.png", "tensorboard", "receipt.json"}
+    facts = json.loads(Path(undisturbed, "receipt.json").read_text())["facts"]
+    assert (facts["base"], facts["prompt_format"], facts["preset"]) == ("tiny", "chat", "multidoc")
+    assert any(
+        tensor.abs().max() > 0
+        for name, tensor in load_file(f"{undisturbed}/adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
+    losses = [loss for _, loss in curve(undisturbed)]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_two_workers_give_the_curve_of_one_although_one_is_killed_in_the_middle(
+    undisturbed: str, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    killer = threading.Thread(target=kill_a_worker_after_step, args=(Path(f"{out}.run"), 4), daemon=True)
+    killer.start()
+    train(TrainConfig(data=data, out=str(out), workers=2, **SETTINGS))
+    killer.join(timeout=1)
+    assert not killer.is_alive(), "no worker was killed"
+    expected, found = curve(undisturbed), curve(out)
+    assert [step for step, _ in found] == list(range(1, 13))
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-3)
+
+
+def kill_a_worker_after_step(run: Path, step: int) -> None:
+    while sum(len(file.read_text().splitlines()) for file in run.glob("run-*/metrics.jsonl")) < step:
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers[-1].send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_folder_and_goes_on_when_started_again(
+    end: signal.Signals, undisturbed: str, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "pipelines", "train", "--data", data, "--out", str(out), *settings]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while sum(len(file.read_text().splitlines()) for file in Path(f"{out}.run").glob("run-*/metrics.jsonl")) < 5:
+        assert first.poll() is None, first.stderr
+        time.sleep(0.05)
+    first.send_signal(end)
+    assert first.wait(timeout=60) == (130 if end == signal.SIGINT else -9)
+    assert not out.exists()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 0, second.stderr
+    assert "resuming: an earlier run of this reached step" in second.stdout
+    assert curve(out) == pytest.approx(curve(undisturbed), rel=1e-3)
+
+
+def test_a_finished_run_is_not_trained_further(undisturbed: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path(undisturbed, "adapter_model.safetensors").read_bytes()
+    train(TrainConfig(data=data, out=undisturbed, **SETTINGS))
+    assert "is finished already" in capsys.readouterr().out
+    assert Path(undisturbed, "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_row_longer_than_a_block_and_too_many_workers_are_refused_by_name(
+    data: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    with pytest.raises(StageError, match=r"row train/part-00000.jsonl:\d+ has \d+ tokens, a block holds 64; raise"):
+        train(TrainConfig(data=data, out=str(tmp_path / "a"), **{**SETTINGS, "block_tokens": 64}))
+    with pytest.raises(StageError, match=r"1000 workers need 1000 CPU, the Ray cluster has \d+; lower --workers"):
+        train(TrainConfig(data=data, out=str(tmp_path / "a"), workers=1000, **SETTINGS))
+    assert not (tmp_path / "a").exists()
