@@ -1,0 +1,134 @@
+"""Replies of the model, taken apart: whole ones, and ones that are still being written."""
+
+import ast
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from chatglm3.stream import held_back
+
+SEPARATOR = "<|assistant|>"
+"""Stands between the messages of a reply that says something and then calls a tool."""
+DATE_BLANK, DATE = "[[训练时间]]", "2023年"
+"""The model writes the blank where it means the end of its training data; the official code fills it in."""
+
+
+class ToolCall(TypedDict):
+    """A tool that the model wants called, in the official form."""
+
+    name: str
+    parameters: dict[str, Any]
+
+
+class AssistantMessage(TypedDict):
+    """A message of a reply, as it goes into the conversation's history."""
+
+    role: str
+    metadata: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply: text for the user, and the first line of the last message, which names a tool or is blank."""
+
+    content: str
+    metadata: str
+    tool_calls: list[ToolCall]
+    messages: list[AssistantMessage]
+    """What the official code adds to the history."""
+
+
+def parse_reply(text: str, tools: Sequence[Any] | None = None) -> Reply:
+    """Take a reply in the chat format apart; without the `tools` that the model was told of there are no tool calls.
+
+    `content` is the last message that is not a tool call. A call that is malformed, or whose parameters are not
+    plain JSON values, is not a tool call: nothing in a reply is ever executed.
+    """
+    content, messages = "", [_message(part) for part in text.split(SEPARATOR)]
+    tool_calls: list[ToolCall] = []
+    for message in messages:
+        if not message["metadata"].strip():
+            content = message["content"].replace(DATE_BLANK, DATE)
+        elif tools and (call := _tool_call(message["metadata"], message["content"])):
+            tool_calls.append(call)
+        else:
+            content = message["content"]
+    return Reply(content, messages[-1]["metadata"], tool_calls, messages)
+
+
+class ReplyStream:
+    """A reply in the chat format in, piece by piece; its text for the user out, as early as it is certain.
+
+    Together the pieces are `parse_reply(text, tools).content`. Only where several messages are no tool calls, which
+    is not how the model was taught to write, they are all of these messages, and `content` is the last.
+    """
+
+    def __init__(self, tools: Sequence[Any] | None = None) -> None:
+        self._tools = tools
+        self._begin("")
+
+    def _begin(self, text: str) -> None:
+        self._text = text
+        self._metadata: str | None = None
+        self._started = False
+
+    def push(self, text: str) -> str:
+        """What the user may see now."""
+        released = ""
+        self._text += text
+        while SEPARATOR in self._text:
+            self._text, rest = self._text.split(SEPARATOR, maxsplit=1)
+            released += self.finish()
+            self._begin(rest)
+        return released + self._release(is_whole=False)
+
+    def finish(self) -> str:
+        """The rest: call it once, when the reply is complete."""
+        return self._release(is_whole=True)
+
+    def _release(self, is_whole: bool) -> str:
+        if self._metadata is None:
+            line, newline, rest = self._text.partition("\n")
+            if not newline and not is_whole:
+                return ""
+            self._metadata, self._text = (line, rest) if newline else ("", line)
+        is_plain = not self._metadata.strip()
+        if self._tools and not is_plain:
+            # Whether it is a tool call shows only at its end.
+            return self._text if is_whole and not _tool_call(self._metadata, self._text) else ""
+        if is_plain and not self._started:
+            self._text = self._text.lstrip()
+        end = len(self._text) - (0 if is_whole else held_back(self._text, (SEPARATOR, DATE_BLANK)))
+        ready = self._text[:end].rstrip() if is_plain else self._text[:end]
+        self._text = self._text[len(ready) :]
+        self._started = self._started or bool(ready)
+        return ready.replace(DATE_BLANK, DATE) if is_plain else ready
+
+
+def _message(part: str) -> AssistantMessage:
+    metadata, newline, content = part.partition("\n")
+    if not newline:
+        metadata, content = "", part
+    return {
+        "role": "assistant",
+        "metadata": metadata,
+        "content": content if metadata.strip() else content.strip(),
+    }
+
+
+def _tool_call(metadata: str, content: str) -> ToolCall | None:
+    """The call in a code block: `tool_call(name=literal, ...)`, or a literal dict of parameters."""
+    code = "\n".join(content.split("\n")[1:-1]).strip()
+    try:
+        node = ast.parse(code, mode="eval").body
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tool_call" and not node.args:
+            parameters: Any = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        else:
+            parameters = ast.literal_eval(node)
+        json.dumps(parameters, allow_nan=False)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+    is_named = isinstance(parameters, dict) and all(isinstance(key, str) for key in parameters)
+    return {"name": metadata.strip(), "parameters": parameters} if is_named else None
