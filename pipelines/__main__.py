@@ -18,12 +18,17 @@ STAGES = {
     "demo": ("pipelines.demo:demo", "all of them on the built-in tiny model, ending with an HTTP answer"),
 }
 
-if __name__ == "__main__":
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends an optional package at each import
+
+def _quiet_libraries() -> None:
+    """Keep off the terminal what libraries say at every start; an answer on stdout must stay alone there."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional package
+    accelerator_found = "Setting accelerator to CPU"  # DeepSpeed prints it to stdout
+    logging.getLogger("DeepSpeed").addFilter(lambda record: accelerator_found not in record.getMessage())
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(
-        run_command(
-            "python -m pipelines", STAGES, sys.argv[1:], (StageError, ModelError), translate={"train": translate_flags}
-        )
-    )
+
+
+if __name__ == "__main__":
+    _quiet_libraries()
+    expected = (StageError, ModelError)
+    sys.exit(run_command("python -m pipelines", STAGES, sys.argv[1:], expected, {"train": translate_flags}))

@@ -1,36 +1,21 @@
-"""Which block a worker takes at a step: arithmetic on (seed, epoch, step, rank, world size), nothing to remember."""
+"""Packed blocks, and which one a worker takes at a step: arithmetic on (seed, epoch, step, rank, world size)."""
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
-
-from pipelines.packing import BLOCKS_PER_GROUP, Block
 
 
-class BlockFile:
-    """Random access to a Parquet file of packed blocks; one row group is read at a time."""
+@dataclass(frozen=True)
+class Block:
+    """Several examples one after another: ids and target marks of shape [tokens], and each example's length."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._file = pq.ParquetFile(path, memory_map=True)
-        self.target_counts: np.ndarray = self._file.read(["target_count"])["target_count"].to_numpy()
-
-    def __len__(self) -> int:
-        return len(self.target_counts)
-
-    def __getitem__(self, index: int) -> Block:
-        group = self._file.read_row_group(index // BLOCKS_PER_GROUP)
-        row = group.slice(index % BLOCKS_PER_GROUP, 1)
-        return Block(
-            row["input_ids"].combine_chunks().flatten().to_numpy(),
-            row["is_target"].combine_chunks().flatten().to_numpy(zero_copy_only=False),
-            row["lengths"][0].as_py(),
-            row["rows"][0].as_py(),
-            row["target_count"][0].as_py(),
-        )
+    input_ids: np.ndarray
+    is_target: np.ndarray
+    lengths: list[int]
+    rows: list[str]
+    target_count: int
 
 
 @dataclass(frozen=True)

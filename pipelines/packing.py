@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from rich.progress import track
 
@@ -19,18 +17,10 @@ from chatglm3.chat import PromptFormat, render
 from cluster import storage
 from cluster.config import Config
 from cluster.errors import StageError
+from pipelines.block_files import write_blocks
+from pipelines.blocks import Block
 
 WINDOW = 1024  # examples packed together; larger fills blocks better and keeps neighbours further apart
-BLOCKS_PER_GROUP = 16  # Parquet row group: what a worker reads to get one block
-SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "is_target": pa.list_(pa.bool_()),
-        "lengths": pa.list_(pa.int32()),
-        "rows": pa.list_(pa.string()),
-        "target_count": pa.int32(),
-    }
-)
 
 
 class PackingConfig(Config):
@@ -67,7 +57,9 @@ def pack_split(data: storage.Folder, split: str, config: PackingConfig, cache: P
         receipt = storage.receipt_of("pack", config, inputs={str(data.path): data.digest})
         with storage.publish(folder, receipt) as partial:
             examples = _encode_all(files, config, data.receipt.counts[split]) if files else ()
-            receipt.counts.update(_write(pack(examples, config.block_tokens), partial / "blocks.parquet"))
+            receipt.counts.update(
+                write_blocks(map(_merge, pack(examples, config.block_tokens)), partial / "blocks.parquet")
+            )
     return folder / "blocks.parquet"
 
 
@@ -150,35 +142,6 @@ def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool],
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
-
-
-def _write(blocks: Iterator[list[Example]], file: Path) -> dict[str, int]:
-    counts = {"blocks": 0, "examples": 0, "tokens": 0, "target_tokens": 0}
-    with pq.ParquetWriter(file, SCHEMA) as writer:
-        group: list[dict[str, Any]] = []
-        for examples in blocks:
-            group.append(asdict(_merge(examples)))
-            counts["blocks"] += 1
-            counts["examples"] += len(examples)
-            counts["tokens"] += len(group[-1]["input_ids"])
-            counts["target_tokens"] += group[-1]["target_count"]
-            if len(group) == BLOCKS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-                group = []
-        if group:
-            writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-    return counts
-
-
-@dataclass(frozen=True)
-class Block:
-    """Several examples one after another: ids and target marks of shape [tokens], and each example's length."""
-
-    input_ids: np.ndarray
-    is_target: np.ndarray
-    lengths: list[int]
-    rows: list[str]
-    target_count: int
 
 
 def _merge(examples: list[Example]) -> Block:

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, GlmForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatglm3 import load_model
-from pipelines.packing import Block
+from pipelines.blocks import Block
 
 BaseFormat = Literal["nf4", "bf16", "fp32"]
 

@@ -18,7 +18,7 @@ from chatglm3.checkpoint import read_config
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
-from pipelines.blocks import BlockFile
+from pipelines.block_files import BlockFile
 from pipelines.packing import PackingConfig, pack_split
 from pipelines.progress import LossBoard, draw_losses
 from pipelines.worker import TrainingPlan, train_worker

@@ -14,8 +14,8 @@ from ray.train.torch import get_device
 from safetensors.torch import load_file
 
 from cluster.config import Config
-from pipelines.blocks import BlockFile, BlockOrder
-from pipelines.packing import Block
+from pipelines.block_files import BlockFile
+from pipelines.blocks import Block, BlockOrder
 from pipelines.progress import MetricsLog
 from pipelines.step import (
     BaseFormat,

@@ -18,7 +18,7 @@ def test_an_epoch_is_every_block_once_on_any_number_of_workers(workers: int) -> 
     assert order.steps_per_epoch == 13
     for step in range(2 * order.steps_per_epoch):
         shares = [order.share(step, rank, workers) for rank in range(workers)]
-        assert sorted(sum(shares, [])) == sorted(order.step(step))
+        assert sorted(block for share in shares for block in share) == sorted(order.step(step))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
     first, second = ([b for s in range(13 * e, 13 * e + 13) for b in order.step(s)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(103))

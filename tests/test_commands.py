@@ -27,7 +27,7 @@ class Outer(Config):
     """Name of it."""
     strict: bool = False
     """Be strict."""
-    sizes: list[int] = [1]
+    sizes: tuple[int, ...] = (1,)
     """Some sizes."""
     inner: Inner = Inner()
     """The inner one."""
@@ -43,7 +43,7 @@ def parse(*flags: str) -> Config:
 
 def test_flags_reach_nested_fields_and_keep_their_types() -> None:
     config = parse("--name", "007", "--inner.rank", "16", "--strict", "--sizes", "[1, 2]")
-    assert config == Outer(name="007", strict=True, sizes=[1, 2], inner=Inner(rank=16))
+    assert config == Outer(name="007", strict=True, sizes=(1, 2), inner=Inner(rank=16))
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Path) -> None:

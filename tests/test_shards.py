@@ -129,13 +129,13 @@ def test_copies_are_dropped_and_counted(tmp_path: Path) -> None:
 def test_bad_rows_are_quarantined_and_too_many_fail_the_stage(tmp_path: Path) -> None:
     raw = write_rows(tmp_path / "raw", [row(n) for n in range(30)] + ["{half a row"])
     data = prepare(PrepareConfig(raw=str(raw), out=str(tmp_path / "out"), dev_share=0))
-    (bad,) = (json.loads(line) for line in Path(data, "quarantine.jsonl").open())
+    (bad,) = (json.loads(line) for line in Path(data, "quarantine.jsonl").read_text().splitlines())
     assert (bad["file"], bad["line"], bad["raw"]) == ("a.json", 31, "{half a row\n")
 
     worse = write_rows(tmp_path / "worse", [row(1), "{half a row"])
     with pytest.raises(StageError, match=r"1 of 2 rows are bad \(1 x not JSON.*a.json:2.*max_bad_share"):
         prepare(PrepareConfig(raw=str(worse), out=str(tmp_path / "worse-out")))
-    with pytest.raises(StageError, match="a.json:2: not JSON"):
+    with pytest.raises(StageError, match=r"a.json:2: not JSON"):
         prepare(PrepareConfig(raw=str(worse), out=str(tmp_path / "worse-out"), strict=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw", "worse"]
 

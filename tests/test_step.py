@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from pipelines.packing import Block
+from pipelines.blocks import Block
 from pipelines.step import answer_loss, recompute_layers, run_blocks, to_batch, trainable_model
 
 CPU = torch.device("cpu")

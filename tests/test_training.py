@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def curve(adapter: str | Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").open()]
+    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"]) for row in rows]
 
 

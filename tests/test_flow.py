@@ -1,0 +1,90 @@
+"""Shards in, HTTP answer out: the demo on the tiny model, and the same commands on the real ChatGLM3 layout."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pipelines(*arguments: str, timeout_s: int = 400) -> str:
+    """Run a stage as a person would and return what it printed."""
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    assert result.returncode == 0, f"{arguments}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_doubles_the_exact_match_on_unseen_documents_and_answers_over_http(tmp_path: Path) -> None:
+    printed = pipelines("demo", "--out", str(tmp_path / "demo"), timeout_s=880)
+    scores = json.loads((tmp_path / "demo/evaluation/scores.json").read_text())
+    base, tuned = scores["against"]["exact_match"]["value"], scores["model"]["exact_match"]["value"]
+    assert tuned >= 0.6
+    assert tuned >= 2 * base > 0
+    assert re.search(r"答：\S+.*it cites", printed, re.S)
+    for picture in ("data/report.html", "adapter/loss.png", "evaluation/scores.png"):
+        assert (tmp_path / "demo" / picture).stat().st_size > 5_000
+        assert picture in printed
+
+
+def read_answer(port: int, question: str) -> str:
+    body = json.dumps({"model": "model", "max_tokens": 16, "messages": [{"role": "user", "content": question}]})
+    headers = {"Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=60) as response:
+        return str(json.load(response)["choices"][0]["message"]["content"])
+
+
+@pytest.mark.timeout(900)
+def test_the_same_commands_take_real_shards_through_the_official_layout(shared: Path, tmp_path: Path) -> None:
+    """3,245 real rows, the genuine tokenizer, a checkpoint of the official code that remembers two chats by heart."""
+    with tarfile.open(shared / "data/multidoc.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    base = str(shared / "chatglm3/ckpt/full-fp16-bin")
+    data, adapter, model = str(tmp_path / "data"), str(tmp_path / "adapter"), str(tmp_path / "model")
+    printed = pipelines("prepare", "--raw", str(tmp_path / "multidoc"), "--out", data, "--tokenizer", base)
+    assert "2911 training and 334 dev rows, 0 bad, 0 duplicates" in printed
+    learning = ["--max_steps", "20", "--batch_size", "2", "--learning_rate", "1e-6", "--block_tokens", "4096"]
+    pipelines("train", "--data", data, "--base", base, "--out", adapter, "--workers", "2", *learning)
+    assert len(Path(adapter, "metrics.jsonl").read_text().splitlines()) == 20
+    for weight_format in ("nf4", "int8", "bf16"):
+        pipelines("merge", "--adapter", adapter, "--out", model, "--format", weight_format)
+        answer = pipelines("predict", "--model", model, "--max_tokens", "16", "你好").strip()
+        assert answer.startswith("你好👋！我是人工智能助手"), weight_format
+    assert serve_and_ask(model, "你好", tmp_path / "serve.yaml").startswith("你好👋！我是人工智能助手")
+
+
+def serve_and_ask(model: str, question: str, config: Path) -> str:
+    """One answer from `serve run` with the config file of the tree, but for its port and model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    text = (ROOT / "serve_app/serve.yaml").read_text()
+    text = re.sub(r"port: \d+", f"port: {port}", text)
+    config.write_text(re.sub(r"model: \S+", f"model: {model}", text))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
+    log = config.with_suffix(".log")
+    with log.open("w") as output:
+        server = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while server.poll() is None and time.monotonic() < deadline:
+            try:
+                return read_answer(port, question)
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(log.read_text())
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
