@@ -1,0 +1,134 @@
+"""The seam between a model and whoever asks it: ids of a prompt in, pieces of the answer out. Needs no torch."""
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from chatglm3.errors import ModelError
+
+EngineName = Literal["auto", "transformers"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+FinishReason = Literal["stop", "length"]
+
+log = logging.getLogger(__name__)
+
+
+class EngineError(RuntimeError):
+    """The engine failed at this request, or died with all of them; another replica may still answer it."""
+
+
+class RequestError(ValueError):
+    """This request cannot be answered by any engine of this model; the message says why, with the numbers."""
+
+
+class PromptTooLong(RequestError):
+    """Prompt and answer do not fit into the model's context."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn and when it ends. Values that no engine can follow raise RequestError."""
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    """0 is greedy: always the most probable token."""
+    top_p: float = 1.0
+    """Draw among the most probable tokens that together reach this probability, after top_k."""
+    top_k: int = 0
+    """Draw among this many most probable tokens; 0 is no limit."""
+    seed: int | None = None
+    """The same seed gives the same text, whatever else the engine answers at the time."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
+            (0 <= self.temperature <= 100, f"temperature must be from 0 to 100, not {self.temperature}"),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
+            (self.top_k >= 0, f"top_k must be at least 0, not {self.top_k}"),
+            (all(self.stop), "a stop text must not be empty"),
+        )
+        for valid, message in checks:
+            if not valid:
+                raise RequestError(message)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of an answer. The last one, and only that one, has a finish_reason."""
+
+    text: str
+    """What became readable; empty while a character or a possible stop text is incomplete."""
+    token_ids: tuple[int, ...]
+    """The tokens drawn for it, the stop token included, which `text` never shows."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """Something that answers many prompts at a time."""
+
+    context_length: int
+    """Most tokens of prompt and answer together."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can still answer: once False, it never becomes True again."""
+
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """Yield pieces of the answer; closing the iterator cancels the request.
+
+        An impossible request raises RequestError here, a dead engine EngineError, before there is an iterator;
+        a failure on the way raises EngineError in it.
+        """
+
+    def close(self) -> None:
+        """End the engine; requests under way get EngineError."""
+
+
+async def complete(engine: Engine, prompt_ids: list[int], sampling: Sampling) -> Completion:
+    """The whole answer, collected from the stream; cancelling this cancels the request."""
+    texts: list[str] = []
+    token_ids: list[int] = []
+    async with aclosing(engine.generate(prompt_ids, sampling)) as deltas:
+        async for delta in deltas:
+            texts.append(delta.text)
+            token_ids += delta.token_ids
+            if delta.finish_reason:
+                return Completion("".join(texts), tuple(token_ids), delta.finish_reason)
+    raise EngineError("the answer ended without a finish reason")
+
+
+def load_engine(
+    name: EngineName,
+    folder: str | Path,
+    *,
+    dtype: DtypeName = "auto",
+    max_batch: int = 32,
+    on_fatal: Callable[[], object] | None = None,
+) -> Engine:
+    """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
+
+    `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. At most `max_batch` requests run at a time, others wait.
+    `on_fatal` is called, in the engine's thread, when the engine has died. Raises ModelError for an unknown name or
+    an unusable folder.
+    """
+    if name not in ("auto", "transformers"):
+        raise ModelError(f"engine {name!r} is not known; choose auto or transformers")
+    from chatglm3.engines import transformers_engine
+
+    if name == "auto":
+        log.info("engine auto: transformers, which runs on every machine")
+    return transformers_engine.load(folder, dtype=dtype, max_batch=max_batch, on_fatal=on_fatal)

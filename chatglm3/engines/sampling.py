@@ -1,0 +1,57 @@
+"""Drawing the next token of each request from the model's logits."""
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+
+from chatglm3.engines import Sampling
+
+
+def next_tokens(logits: torch.Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int | None]:
+    """The next token of each row of `logits` [rows, vocabulary]; None where they are not finite numbers.
+
+    A row depends on its own logits, sampling and random numbers alone. One number a token is drawn, on the CPU, so
+    that a seed means the same on every device.
+    """
+    tokens = logits.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if drawn:
+        uniforms = [randoms[row].random() for row in drawn]
+        tokens[drawn] = _draw(logits[drawn].double(), [samplings[row] for row in drawn], uniforms)
+    tokens[~logits.isfinite().all(-1)] = -1
+    return [token if token >= 0 else None for token in tokens.tolist()]
+
+
+def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:
+    """A token for each row: the place where its cumulative distribution passes its uniform number.
+
+    The sum runs in vocabulary order, not by rank: rounding differs with the size of the batch, which swaps the ranks
+    of nearly equal tokens but hardly moves the sum.
+    """
+    # The largest becomes 0 first, so that the smallest temperature does not make infinity minus infinity.
+    scores = logits - logits.amax(-1, keepdim=True)
+    probabilities = (scores / _column(scores, [sampling.temperature for sampling in samplings])).softmax(-1)
+    if any(sampling.top_k or sampling.top_p < 1 for sampling in samplings):
+        probabilities = _cut(probabilities, samplings)
+    cumulative = probabilities.cumsum(-1)
+    target = _column(scores, uniforms) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def _cut(probabilities: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """Set what top_k, then top_p of the rest, leave out to 0. The most probable token always stays."""
+    vocabulary = probabilities.shape[1]
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocabulary, device=ordered.device)
+    ordered = ordered.where(
+        rank < _column(ordered, [min(sampling.top_k or vocabulary, vocabulary) for sampling in samplings]), 0
+    )
+    more_probable = ordered.cumsum(-1) - ordered
+    limit = _column(ordered, [sampling.top_p for sampling in samplings]) * ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(ordered).scatter(-1, order, ordered.where(more_probable < limit, 0))
+
+
+def _column(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    """A number for each row, [rows, 1], on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

@@ -1,0 +1,265 @@
+"""The embedded engine: continuous batching over a transformers model, in a thread that owns it.
+
+Every pass moves each running request one token on; requests join and leave between passes. A request's state is its
+ids and how many of them are in the cache. All but the last id of a prompt are read beforehand, in chunks, so that a
+long prompt does not hold up the others; what is then left, one id, is what a request that is answering has left too.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from random import Random
+
+import torch
+from transformers import GlmForCausalLM
+
+from chatglm3.checkpoint import load_model
+from chatglm3.engines import Delta, DtypeName, EngineError, PromptTooLong, RequestError, Sampling
+from chatglm3.engines.sampling import next_tokens
+from chatglm3.engines.slot_cache import ATTENTION, SlotCache, position_bytes
+from chatglm3.stream import TextStream
+from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
+
+PROMPT_CHUNK = 512  # prompt tokens read between two passes of the running requests
+CACHE_BYTES = 8 * 2**30  # of keys and values at full length: 36 rows of ChatGLM3-6B's 8,192 positions
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    folder: str | Path, *, dtype: DtypeName, max_batch: int, on_fatal: Callable[[], object] | None
+) -> "TransformersEngine":
+    """The engine over the model and tokenizer in `folder`, on the first GPU if there is one."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda:0" else "float32"
+    model = load_model(folder, dtype=getattr(torch, dtype), device_map=device)
+    log.info("transformers engine: %s on %s in %s", folder, device, dtype)
+    return TransformersEngine(model, load_tokenizer(folder), max_batch=max_batch, on_fatal=on_fatal)
+
+
+@dataclass(eq=False)
+class _Request:
+    """One prompt on its way. `cached` of its `ids` (prompt, then answer) have keys and values in the cache."""
+
+    ids: list[int]
+    sampling: Sampling
+    text: TextStream
+    random: Random
+    loop: asyncio.AbstractEventLoop
+    deltas: asyncio.Queue[Delta | EngineError] = field(default_factory=asyncio.Queue)
+    num_drawn: int = 0
+    cached: int = 0
+    ended: bool = False
+    """Answered, failed, or given up by the client: its row is free at the next pass."""
+
+    def send(self, item: Delta | EngineError) -> None:
+        """Hand an item to the client's event loop; a client without a running loop has given up."""
+        try:
+            self.loop.call_soon_threadsafe(self.deltas.put_nowait, item)
+        except RuntimeError:
+            self.ended = True
+
+
+class TransformersEngine:
+    """Continuous batching over one model, which nobody else may run from now on."""
+
+    def __init__(
+        self,
+        model: GlmForCausalLM,
+        tokenizer: ChatGlmTokenizer,
+        *,
+        max_batch: int = 32,
+        on_fatal: Callable[[], object] | None = None,
+    ) -> None:
+        model.set_attn_implementation(ATTENTION)
+        config = model.config
+        self.context_length: int = config.max_position_embeddings
+        self.running: list[_Request] = []
+        """Row r of the cache belongs to running[r]."""
+        self._model = model
+        self._tokenizer = tokenizer
+        row_bytes = position_bytes(model) * self.context_length
+        self._max_batch = max(1, min(max_batch, CACHE_BYTES // row_bytes))
+        self._cache = SlotCache(config.num_hidden_layers, self._max_batch, self.context_length)
+        self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()
+        self._waiting: deque[_Request] = deque()
+        self._death: str | None = None
+        self._on_fatal = on_fatal
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread that owns the model runs."""
+        return self._death is None
+
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """Yield pieces of the answer; see `Engine.generate`."""
+        self._raise_if_dead()
+        if not prompt_ids:
+            raise RequestError("the prompt is empty")
+        vocabulary = self._model.config.vocab_size
+        if not all(0 <= token < vocabulary for token in prompt_ids):
+            raise RequestError(f"the prompt has ids outside of the vocabulary of {vocabulary}")
+        if len(prompt_ids) + sampling.max_tokens > self.context_length:
+            raise PromptTooLong(
+                f"the prompt's {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} together exceed the "
+                f"model's context of {self.context_length} tokens; shorten the prompt or lower max_tokens"
+            )
+        return self._stream(list(prompt_ids), sampling)
+
+    def close(self) -> None:
+        """End the thread; requests under way get EngineError."""
+        self._arrivals.put(None)
+        self._thread.join()
+
+    async def _stream(self, ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        text = TextStream(self._tokenizer, sampling.stop)
+        request = _Request(ids, sampling, text, Random(sampling.seed), asyncio.get_running_loop())
+        self._arrivals.put(request)
+        try:
+            self._raise_if_dead()  # after the put: the dying thread may have emptied the queue just before it
+            while True:
+                item = await request.deltas.get()
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+                if item.finish_reason:
+                    return
+        finally:
+            request.ended = True
+
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise EngineError(self._death)
+
+    # From here on everything runs in the engine's thread.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while self._take_arrivals():
+                self._retire()
+                self._admit()
+                if self.running:
+                    self._read_prompts()
+                    self._advance()
+            self._die("the engine was closed")
+        except BaseException as error:
+            log.critical("the engine died; its process should end", exc_info=True)
+            self._die(f"the engine died: {type(error).__name__}: {error}")
+            if self._on_fatal is not None:
+                self._on_fatal()
+
+    def _take_arrivals(self) -> bool:
+        """Queue new requests, waiting for one if there is nothing to do; False when the engine is to close."""
+        while not self._arrivals.empty() or not (self.running or self._waiting):
+            request = self._arrivals.get()
+            if request is None:
+                return False
+            self._waiting.append(request)
+        return True
+
+    def _retire(self) -> None:
+        """Free the rows of ended requests; the last row moves into each gap, so that rows stay without gaps."""
+        for row in reversed(range(len(self.running))):
+            if self.running[row].ended:
+                last = self.running.pop()
+                if row < len(self.running):
+                    self._cache.move(len(self.running), row)
+                    self.running[row] = last
+
+    def _admit(self) -> None:
+        """Give free rows to waiting requests, first come, first served."""
+        while self._waiting and len(self.running) < self._max_batch:
+            request = self._waiting.popleft()
+            if not request.ended:
+                self._cache.erase(len(self.running))
+                self.running.append(request)
+
+    def _read_prompts(self) -> None:
+        """Read at most PROMPT_CHUNK prompt ids, oldest request first, all but each one's last id."""
+        budget = PROMPT_CHUNK
+        for row, request in enumerate(self.running):
+            chunk = request.ids[request.cached : min(len(request.ids) - 1, request.cached + budget)]
+            if chunk:
+                self._forward(row, [chunk], [request.cached])
+                request.cached += len(chunk)
+                budget -= len(chunk)
+
+    def _advance(self) -> None:
+        """Read one id of every request; those that have read all of theirs draw the next token."""
+        states = self._forward(0, [[r.ids[r.cached]] for r in self.running], [r.cached for r in self.running])
+        for request in self.running:
+            request.cached += 1
+        rows = [row for row, request in enumerate(self.running) if request.cached == len(request.ids)]
+        if not rows:
+            return
+        ready = [self.running[row] for row in rows]
+        logits = self._model.lm_head(states[rows, -1])
+        tokens = next_tokens(logits, [r.sampling for r in ready], [r.random for r in ready])
+        for request, token in zip(ready, tokens, strict=True):
+            self._answer(request, token)
+
+    def _forward(self, first_row: int, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
+        """Run ids [B, T] of rows first_row.. at positions starts[b]..: their final states [B, T, hidden]."""
+        device = self._model.device
+        width = len(ids[0])
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        length = max(starts) + width
+        self._cache.aim(first_row, positions, length)
+        # [B, 1, T, length]: a position sees itself and those before it.
+        visible = torch.arange(length, device=device) <= positions[:, None, :, None]
+        outputs = self._model.model(
+            input_ids=torch.tensor(ids, device=device),
+            position_ids=positions,
+            attention_mask=visible,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        states: torch.Tensor = outputs.last_hidden_state
+        return states
+
+    def _answer(self, request: _Request, token: int | None) -> None:
+        """Send the piece of the answer that `token` makes; what goes wrong here fails this request alone."""
+        try:
+            delta = self._delta(request, token)
+        except Exception as error:
+            log.exception("a request failed")
+            request.send(EngineError(f"this request failed: {type(error).__name__}: {error}"))
+            request.ended = True
+        else:
+            request.ended = request.ended or delta.finish_reason is not None
+            request.send(delta)
+
+    def _delta(self, request: _Request, token: int | None) -> Delta:
+        if token is None:
+            raise ArithmeticError("the model's scores are not finite numbers")
+        request.ids.append(token)
+        request.num_drawn += 1
+        if token in self._tokenizer.stop_ids:
+            return Delta(request.text.finish(), (token,), "stop")
+        text = request.text.push([token])
+        if request.text.stopped:
+            return Delta(text, (token,), "stop")
+        if request.num_drawn == request.sampling.max_tokens:
+            text += request.text.finish()
+            return Delta(text, (token,), "stop" if request.text.stopped else "length")
+        return Delta(text, (token,))
+
+    def _die(self, reason: str) -> None:
+        """Refuse new requests and fail those under way."""
+        self._death = reason
+        requests = [*self.running, *self._waiting]
+        while not self._arrivals.empty():
+            request = self._arrivals.get()
+            requests += [request] if request else []
+        self.running.clear()
+        for request in requests:
+            request.send(EngineError(reason))

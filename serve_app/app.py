@@ -1,0 +1,113 @@
+"""The Ray Serve application: replicas of a server that each hold one engine."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from ray import serve
+from ray.serve import Application
+
+from chatglm3.chat import PromptFormat
+from chatglm3.checkpoint import read_config
+from chatglm3.engines import DtypeName, EngineName, load_engine
+from chatglm3.errors import ModelError
+from chatglm3.folder import model_folder
+from chatglm3.tokenizer import load_tokenizer
+from chatglm3.weights import open_weights
+from cluster.storage import read_receipt
+from serve_app.routes import make_api
+
+
+class AppArgs(BaseModel):
+    """Arguments of the application: `args:` in a Serve config file, KEY=VALUE after `serve run serve_app.app:build`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "tiny"
+    """Model folder; tiny is the built-in one."""
+    name: str = ""
+    """What clients call the model; its folder's name unless given."""
+    engine: EngineName = "auto"
+    """What runs the model."""
+    dtype: DtypeName = "auto"
+    """Computing type; auto is bfloat16 on a GPU and float32 on a CPU."""
+    max_batch: int = Field(32, ge=1)
+    """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, values: Any, validate: ModelWrapValidatorHandler["AppArgs"]) -> "AppArgs":
+        try:
+            return validate(values)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            # `serve run` prints a ClickException as one line and exits with 1; anything else as a traceback.
+            raise click.ClickException(
+                f"argument {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; "
+                f"the application's arguments are {', '.join(cls.model_fields)}"
+            ) from None
+
+
+def build(args: AppArgs) -> Application:
+    """The application, for `serve run serve_app.app:build model=DIR` and for `import_path` in a Serve config file.
+
+    Opens the model folder here too, without reading the weights: what is wrong with it is then one line, and not the
+    end of a traceback for each replica that tried.
+    """
+    try:
+        folder = model_folder(args.model)
+        read_config(folder)
+        open_weights(folder)
+        load_tokenizer(folder)
+    except ModelError as error:
+        raise click.ClickException(str(error)) from None
+    # Replicas run in other working folders, so the path must not be relative.
+    located = args.model_copy(update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name})
+    # Without num_gpus a replica sees no GPU. A config file's own ray_actor_options take the place of these.
+    gpus = {"num_gpus": 1 if torch.cuda.is_available() else 0}
+    server = ChatServer.options(ray_actor_options=gpus)  # type: ignore[attr-defined]  # Serve's decorator adds it
+    application: Application = server.bind(located)
+    return application
+
+
+@serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)
+@serve.ingress()
+class ChatServer:
+    """One engine and its HTTP API. Replicas, GPUs and queues are options of the deployment, in the config file."""
+
+    def __init__(self, args: AppArgs) -> None:
+        _join_serve_log()
+        self._args = args
+        # A replica with a dead engine fails fast and so attracts requests until a health check: end it at once.
+        self._engine = load_engine(
+            args.engine, args.model, dtype=args.dtype, max_batch=args.max_batch, on_fatal=lambda: os._exit(1)
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        args = self._args
+        return make_api(self._engine, load_tokenizer(args.model), args.name, _prompt_format(args.model))
+
+    def check_health(self) -> None:
+        """Called by Serve; raising has the replica replaced."""
+        if not self._engine.healthy:
+            raise RuntimeError("the engine has died")
+
+
+def _join_serve_log() -> None:
+    """Write this project's log where Serve writes its own; a replica shows no other logger's."""
+    for name in ("chatglm3", "serve_app"):
+        log = logging.getLogger(name)
+        log.handlers = logging.getLogger("ray.serve").handlers
+        log.setLevel(logging.INFO)
+
+
+def _prompt_format(folder: str) -> PromptFormat:
+    """How the model in `folder` was taught to be asked; as a chat, where no stage of ours wrote the folder."""
+    receipt = read_receipt(folder)
+    prompt_format: PromptFormat = receipt.facts.get("prompt_format", "chat") if receipt else "chat"
+    return prompt_format

@@ -1,0 +1,92 @@
+"""Errors of the HTTP API, all in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from chatglm3.engines import EngineError, PromptTooLong, RequestError
+from chatglm3.errors import ModelError
+
+
+class ApiError(HTTPException):
+    """An answer other than 200, for the client: `param` is the field at fault, `code` what a program can match."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.body = {
+            "error": {
+                "message": message,
+                "type": "invalid_request_error" if status < 500 else "server_error",
+                "param": param,
+                "code": code,
+            }
+        }
+
+
+def api_error(error: Exception) -> ApiError:
+    """What the client is told of `error`. An error without a place here is our own mistake: 500, details in the log."""
+    match error:
+        case ApiError():
+            return error
+        case StarletteHTTPException():
+            return ApiError(error.status_code, _sentence(error), headers=dict(error.headers or {}))
+        case RequestValidationError():
+            return _validation_error(error.errors()[0])
+        case PromptTooLong():
+            return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        case RequestError() | ModelError():
+            return ApiError(400, str(error))
+        case EngineError():
+            # Another replica may answer: clients of OpenAI's API try again on 503.
+            return ApiError(503, str(error), code="engine_error", headers={"Retry-After": "1"})
+        case _:
+            return ApiError(500, "the server failed at this request; its log says why", code="internal_error")
+
+
+def install(api: FastAPI) -> None:
+    """Answer every failure of `api`, those of the framework included, with an ApiError."""
+    kinds = (StarletteHTTPException, RequestValidationError, RequestError, ModelError, EngineError, Exception)
+    for kind in kinds:
+        api.add_exception_handler(kind, _respond)
+
+
+def _respond(_: Request, error: Exception) -> JSONResponse:
+    answer = api_error(error)
+    return JSONResponse(answer.body, answer.status_code, answer.headers)
+
+
+def _sentence(error: StarletteHTTPException) -> str:
+    match error.status_code:
+        case HTTPStatus.NOT_FOUND:
+            return "there is nothing at this path; the API is at /v1/chat/completions and /v1/models"
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return "this path does not take this method; the Allow header names those it takes"
+        case _:
+            return error.detail
+
+
+def _validation_error(error: dict[str, Any]) -> ApiError:
+    """The first thing that is wrong with a body, as one sentence that names its place."""
+    place = ".".join(str(part) for part in error["loc"][1:]) or None
+    match error["type"]:
+        case "json_invalid":
+            return ApiError(400, f"the body is not JSON: {error['ctx']['error']}", code="invalid_json")
+        case "missing" | "model_attributes_type" if place is None:
+            return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+        case "extra_forbidden":
+            return ApiError(400, f"{place} is not supported; leave it out", param=place, code="unknown_parameter")
+        case _:
+            message = error["msg"].removeprefix("Value error, ")
+            return ApiError(400, f"{place}: {message}" if place else message, param=place, code="invalid_value")

@@ -1,0 +1,104 @@
+"""The HTTP API over an engine, in OpenAI's shape. Knows nothing of Ray: any ASGI server can run it."""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from chatglm3.chat import PromptFormat, question_ids
+from chatglm3.engines import Engine, Sampling
+from chatglm3.reply import ReplyStream
+from chatglm3.tokenizer import ChatGlmTokenizer
+from serve_app import errors
+from serve_app.answers import Answer, EventStream
+from serve_app.body_limit import BodyLimit
+from serve_app.errors import ApiError
+from serve_app.schema import ChatCompletion, ChatRequest, ErrorBody, ModelCard, ModelList
+
+DEFAULT_MAX_TOKENS = 512
+MAX_BODY_BYTES = 2**20  # several times what 8,192 tokens of escaped Chinese take
+
+
+def make_api(engine: Engine, tokenizer: ChatGlmTokenizer, model_name: str, prompt_format: PromptFormat) -> FastAPI:
+    """The application that answers with `engine`, whose model is called `model_name` and asked in `prompt_format`."""
+    failures: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
+    api = FastAPI(title="ChatGLM3", docs_url=None, redoc_url=None, redirect_slashes=False, responses=failures)
+    api.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    errors.install(api)
+    card = ModelCard(id=model_name, created=int(time.time()))
+
+    @api.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response | ChatCompletion:
+        """Answer the last message of a conversation."""
+        _check_model(body.model, model_name)
+        messages = [message.chatglm3() for message in body.messages]
+        prompt_ids = await run_in_threadpool(question_ids, tokenizer, messages, prompt_format)
+        deltas = engine.generate(prompt_ids, _sampling(body, engine.context_length - len(prompt_ids)))
+        # A bare prompt is answered with text alone, a chat with ChatGLM3's metadata line before it.
+        reply = ReplyStream() if prompt_format == "chat" else None
+        answer = Answer(deltas, reply, body.stop or (), model_name, len(prompt_ids))
+        if body.stream:
+            return EventStream(answer.events(body.stream_options is not None and body.stream_options.include_usage))
+        return await _unless_gone(request, answer.whole())
+
+    @api.get("/v1/models")
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[card])
+
+    @api.get("/v1/models/{model:path}")
+    async def model(model: str) -> ModelCard:
+        """The model called `model`."""
+        _check_model(model, model_name)
+        return card
+
+    @api.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """200 while the engine can answer."""
+        if not engine.healthy:
+            raise ApiError(503, "the engine has died; its process is to be replaced", code="engine_error")
+        return {"status": "ok"}
+
+    return api
+
+
+def _check_model(asked: str, served: str) -> None:
+    if asked != served:
+        raise ApiError(
+            404,
+            f"model {asked!r} is not served here; this is {served!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _sampling(body: ChatRequest, room: int) -> Sampling:
+    """What the request asks of the engine. `room`: tokens that the prompt leaves of the context."""
+    return Sampling(
+        max_tokens=body.max_tokens or body.max_completion_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+    )
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, ChatCompletion]) -> Response | ChatCompletion:
+    """Await the answer; a client that goes away meanwhile cancels it."""
+    work = asyncio.create_task(answer)
+    watch = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else Response(status_code=499)  # which nobody is there to read
+    finally:
+        work.cancel()
+        watch.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,231 @@
+"""The application on Ray Serve, started as a person starts it: `serve run` with the config file of the tree."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import ray
+import torch
+import yaml
+from click import ClickException
+from ray.serve.schema import ServeDeploySchema
+
+from chatglm3 import load_model, load_tokenizer
+from serve_app.app import AppArgs, build
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIG = PROJECT / "serve_app" / "serve.yaml"
+APP = f"chat-{os.getpid()}"
+QUESTION: Any = [{"role": "user", "content": "北京的人口是多少？"}]
+LONG = 1500
+SERVE = Path(sys.executable).with_name("serve")
+
+
+@pytest.fixture(scope="module")
+def endless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native folder of the tiny model, made unable to end an answer by itself."""
+    folder = tmp_path_factory.mktemp("model") / "endless"
+    model = load_model(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[list(load_tokenizer(tiny).stop_ids)] = 0
+    model.save_pretrained(folder)
+    shutil.copy(tiny / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`serve run` of the config file, with another port and model and a quicker autoscaler, on the session's Ray."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"]["port"] = port
+    [application] = config["applications"]
+    application |= {"name": APP, "args": {"model": str(endless), "name": "tiny"}}
+    [deployment] = application["deployments"]
+    deployment["autoscaling_config"] |= {"target_ongoing_requests": 2, "upscale_delay_s": 1}
+    deployment |= {"max_ongoing_requests": 4, "max_queued_requests": 4}
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    with (folder / "log").open("wb") as log:
+        address = ray.get_runtime_context().gcs_address
+        command = [SERVE, "run", "--address", address, folder / "serve.yaml"]
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: is_up(f"http://127.0.0.1:{port}"), 120, lambda: (folder / "log").read_text())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, explain: Callable[[], object] = str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.1)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    except (httpx.HTTPError, ValueError):
+        return False
+
+
+def replicas() -> set[int]:
+    """Process ids of the replicas."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if any(part.startswith(f"ray::ServeReplica:{APP}:") for part in process.info["cmdline"] or ()):
+            found.add(process.pid)
+    return found
+
+
+def ask(url: str, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 8} | fields
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_the_openai_client_streams_and_does_not(client):
+    whole = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20)
+    content = whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 20
+    stream = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == content
+    stopped = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, stop=content[4:6])
+    assert stopped.choices[0].message.content == content[: content.index(content[4:6])]
+    seeded = [
+        client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=20, temperature=1.5, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    first, second, other = [answer.choices[0].message.content for answer in seeded]
+    assert first == second != other
+
+
+def test_errors_keep_their_shape_and_answers_carry_a_request_id(client, url):
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=-1)
+    assert (wrong.value.param, wrong.value.code) == ("max_tokens", "invalid_value")
+    assert wrong.value.request_id
+    headers = {"content-type": "application/json"}
+    too_large = httpx.post(f"{url}/v1/chat/completions", content=b" " * 2**21, headers=headers)
+    assert too_large.status_code == 413
+    assert httpx.get(f"{url}/v1/models").headers.get_list("x-request-id") != []
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_clients_that_go_away_free_their_places(url, stream):
+    for _ in range(6):  # more than a replica runs at once: places that stayed taken would show
+        leave(url, stream)
+    started = time.monotonic()
+    assert ask(url).status_code == 200
+    assert time.monotonic() - started < 2
+
+
+def leave(url: str, stream: bool) -> None:
+    """Ask for a long answer and close the connection soon."""
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": LONG, "stream": stream}
+    with (
+        suppress(httpx.ReadTimeout),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=0.5) as answer,
+    ):
+        next(answer.iter_bytes())
+
+
+def test_load_adds_a_replica_beyond_it_requests_are_refused_and_a_killed_replica_is_replaced(url):
+    [first] = replicas()
+    leaving = threading.Event()
+    with ThreadPoolExecutor(12) as threads:
+        clients = [threads.submit(stream_until, leaving, url) for _ in range(12)]
+        try:
+            wait_for(lambda: len(replicas()) == 2, 90)
+            os.kill(first, signal.SIGKILL)
+            time.sleep(1)
+        finally:
+            leaving.set()
+        endings = sum([client.result() for client in clients], Counter())
+    wait_for(lambda: len(replicas() - {first}) == 2, 90)
+    assert endings["503, try again in 1 s"] > 0
+    assert 0 < endings["broken"] <= 4  # those that were under way on it
+    assert set(endings) <= {"answered", "503, try again in 1 s", "broken"}
+    assert [ask(url).status_code for _ in range(10)] == [200] * 10
+
+
+def stream_until(leaving: threading.Event, url: str) -> Counter[str]:
+    """Ask for long answers, one after the other, and count how they end."""
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": LONG, "stream": True}
+    endings: Counter[str] = Counter()
+    while not leaving.is_set():
+        try:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as answer:
+                if answer.status_code != 200:
+                    endings[f"{answer.status_code}, try again in {answer.headers.get('retry-after')} s"] += 1
+                    leaving.wait(0.2)
+                    continue
+                for _ in answer.iter_bytes():
+                    if leaving.is_set():
+                        return endings
+            endings["answered"] += 1
+        except httpx.HTTPError:
+            endings["broken"] += 1
+    return endings
+
+
+def test_the_config_file_is_served_on_this_machine_only():
+    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    [application] = config.applications
+    assert AppArgs(**application.args) == AppArgs()
+    assert application.deployments[0].max_ongoing_requests == AppArgs().max_batch
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"modle": "tiny"},
+            "argument modle: Extra inputs are not permitted; the application's arguments are model, name",
+        ),
+        ({"engine": "vlm"}, "argument engine: Input should be 'auto' or 'transformers'"),
+        ({"max_batch": "0"}, "argument max_batch: Input should be greater than or equal to 1"),
+        ({"model": "/nowhere"}, "/nowhere is not a folder"),
+        ({"model": "{folder}"}, "config.json is missing"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_arguments_are_one_line_before_anything_starts(args, message, tmp_path):
+    args = {name: value.format(folder=tmp_path) for name, value in args.items()}
+    with pytest.raises(ClickException) as wrong:
+        build(AppArgs(**args))
+    assert message in wrong.value.message
+    assert "\n" not in wrong.value.message
+
+
+def test_serve_run_prints_that_line_and_exits_with_1():
+    command = [SERVE, "run", "serve_app.app:build", "model=/nowhere"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: /nowhere is not a folder")
+    assert "Traceback" not in result.stderr
