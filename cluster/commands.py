@@ -6,8 +6,8 @@ import importlib
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from types import FrameType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -111,15 +111,18 @@ def _add_fields(parser: argparse.ArgumentParser, config: type[Config], prefix: s
 
 
 def _metavar(kind: Any) -> str:
-    if choices := [str(choice) for choice in get_args(kind) if isinstance(choice, str)]:
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if choices := [str(choice) for choice in parts if isinstance(choice, str)]:
         return "|".join(choices)
+    if get_origin(kind) in (Union, UnionType) and len(parts) == 1:  # X | None
+        return _metavar(parts[0])
     return {str: "TEXT", int: "N", float: "X", bool: "true|false"}.get(get_origin(kind) or kind, "VALUE")
 
 
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "(required)"
-    return "" if field.default in ("", None) else f"(default {field.default})".replace("%", "%%")
+    return "" if field.default in ("", None, (), []) else f"(default {field.default})".replace("%", "%%")
 
 
 def _plain(text: str) -> Any:

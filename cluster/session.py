@@ -3,6 +3,8 @@
 import logging
 import os
 import secrets
+import socket
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,18 +20,37 @@ def connect() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-    except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
-            raise StageError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from None
+    address = os.environ.get("RAY_ADDRESS") or _local_cluster()
+    if address is None:
         _start_private_session(quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise StageError(f"no Ray cluster answers at {address}: {error}; correct or unset RAY_ADDRESS") from None
+
+
+def _local_cluster() -> str | None:
+    """Address of the cluster that `ray start --head` started on this machine, if it is up.
+
+    Not Ray's "auto", which also joins other people's private sessions, whose token we lack.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        address = file.read_text().strip()
+        host, port = address.rsplit(":", 1)
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):  # no such file, or left by a cluster that was killed
+        return None
+    return address
 
 
 def _start_private_session(quiet: dict[str, Any]) -> None:
     # Ray guards a private session by a token. One of this process alone leaves no token file in the home folder,
     # which would switch a later `ray start` to token mode by surprise.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's C++ parts write to the terminal what is an error only to them; set the variable to see it.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # With as many workers as CPUs Ray Data gets none and waits for ever; CPUs are only Ray's admission tickets.
     ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
 

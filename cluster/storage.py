@@ -87,8 +87,11 @@ def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
     started = time.monotonic()
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp gives 0700, but other pods' users must read the folder
         yield partial
+        # mkdtemp and safetensors keep others out, but pods of other users must read the folder.
+        partial.chmod(0o755)
+        for path in partial.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         receipt.versions = {name: found for name in PACKAGES if (found := _version(name))}
         receipt.seconds = receipt.seconds or round(time.monotonic() - started, 1)
         text = json.dumps(receipt.__dict__, ensure_ascii=False, indent=2, default=str)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, GlmForCausalLM
+from transformers import GlmForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatglm3 import load_model
+from chatglm3.quantization import NF4
 from pipelines.blocks import Block
 
 BaseFormat = Literal["nf4", "bf16", "fp32"]
@@ -39,7 +40,7 @@ def trainable_model(base: str, base_format: BaseFormat, lora: LoraConfig, device
     model = load_model(
         base,
         dtype=torch.float32 if base_format == "fp32" else torch.bfloat16,
-        quantization_config=_nf4() if base_format == "nf4" else None,
+        quantization_config=NF4 if base_format == "nf4" else None,
         device_map={"": device},
     )
     model.set_attn_implementation("packed")
@@ -47,15 +48,6 @@ def trainable_model(base: str, base_format: BaseFormat, lora: LoraConfig, device
     adapted = get_peft_model(model, lora)
     adapted.train()
     return adapted
-
-
-def _nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def recompute_layers(model: PeftModel) -> None:

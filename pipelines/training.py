@@ -12,13 +12,12 @@ from pydantic import Field
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from chatglm3 import load_tokenizer
 from chatglm3.chat import PromptFormat
-from chatglm3.checkpoint import read_config
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.block_files import BlockFile
+from pipelines.model_folders import open_model
 from pipelines.packing import PackingConfig, pack_split
 from pipelines.progress import LossBoard, draw_losses
 from pipelines.worker import TrainingPlan, train_worker
@@ -99,7 +98,9 @@ class TrainConfig(Config):
 def train(config: TrainConfig) -> str:
     """Fine-tune an adapter and return its folder."""
     data = storage.open_folder(config.data, "prepare")
-    read_config(config.base)  # refuses what is no ChatGLM3 model before anything is started
+    base = open_model(config.base, "--base")
+    if "quantization_config" in base.config:
+        raise StageError(f"--base {config.base} is quantised already; give the 16-bit model it was made from")
     storage.check_output(config.out)
     digest = _digest(config, data)
     if _finished(config, digest):
@@ -109,14 +110,14 @@ def train(config: TrainConfig) -> str:
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     session.require(config.workers, 1, gpus)
     run = Path(f"{config.out}.run").resolve()
-    plan = make_plan(config, data, run, run / f"run-{digest[:16]}")
+    plan = make_plan(config, base.location, data, run / f"run-{digest[:16]}")
     result = _fit(config, plan, gpus)
     facts = {
-        "base": str(_absolute(config.base)),
+        "base": base.location,
         "prompt_format": config.prompt_format,
         "prompt_digest": data.receipt.facts["prompt_digest"],
         "preset": data.receipt.facts["preset"],
-        "tokenizer": load_tokenizer(config.base).fingerprint,
+        "tokenizer": base.tokenizer,
         "dataset": data.receipt.facts["dataset"],
         "run": digest,
     }
@@ -130,10 +131,10 @@ def train(config: TrainConfig) -> str:
     return config.out
 
 
-def make_plan(config: TrainConfig, data: storage.Folder, run: Path, folder: Path) -> TrainingPlan:
+def make_plan(config: TrainConfig, base: str, data: storage.Folder, folder: Path) -> TrainingPlan:
     """Pack the data and work out what every worker must know; raises StageError when there is nothing to train on."""
-    packing = PackingConfig(tokenizer=str(_absolute(config.base)), **config.model_dump(include=_PACKING_FIELDS))
-    blocks = {split: str(pack_split(data, split, packing, run / "blocks")) for split in ("train", "dev")}
+    packing = PackingConfig(tokenizer=base, **config.model_dump(include=_PACKING_FIELDS))
+    blocks = {split: str(pack_split(data, split, packing, folder.parent / "blocks")) for split in ("train", "dev")}
     counts = storage.open_folder(Path(blocks["train"]).parent).receipt.counts
     if not BlockFile(blocks["train"]).target_counts.any():
         raise StageError(f"--data {config.data} holds no training rows with an answer; run prepare again")
@@ -147,7 +148,7 @@ def make_plan(config: TrainConfig, data: storage.Folder, run: Path, folder: Path
     )
     return TrainingPlan(
         **config.model_dump(include=set(TrainingPlan.model_fields) - {"base"}),
-        base=packing.tokenizer,
+        base=base,
         folder=str(folder),
         train_blocks=blocks["train"],
         dev_blocks=blocks["dev"],
@@ -204,10 +205,6 @@ def _digest(config: TrainConfig, data: storage.Folder) -> str:
 def _finished(config: TrainConfig, digest: str) -> bool:
     receipt = storage.read_receipt(config.out) if Path(config.out).is_dir() else None
     return receipt is not None and receipt.facts.get("run") == digest
-
-
-def _absolute(base: str) -> str | Path:
-    return base if base == "tiny" else Path(base).resolve()
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -138,7 +138,8 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Write the adapter (plain PEFT) and the optimizer's state."""
-        self.model.save_pretrained(folder / "adapter")
+        # Told not to look for changed embeddings, PEFT does not ask the network what the base's were.
+        self.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
         torch.save({"step": self.step, "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
 
     def load(self, folder: Path) -> None:

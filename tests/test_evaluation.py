@@ -1,0 +1,143 @@
+"""Models asked over Ray Data: rows in order, scores to the digit, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm3 import ModelError
+from chatglm3.documents import REFUSAL
+from cluster import storage
+from cluster.config import Config
+from cluster.errors import StageError
+from pipelines.evaluation import EvaluateConfig, evaluate, read_rows
+from pipelines.merging import MergeConfig, merge
+
+HELLO = "你好👋！我是人工智能助手，很高兴见到你。"
+"""What the model of these tests knows by heart as the answer to 你好."""
+
+
+@pytest.fixture(scope="module")
+def model(shared: Path) -> Path:
+    return shared / "chatglm3/ckpt/full-fp16-bin"
+
+
+def prepared(folder: Path, rows: list[dict[str, Any]], split: str = "dev") -> str:
+    """A data folder as prepare writes it, the rows in two files."""
+    with storage.publish(folder, storage.receipt_of("prepare", Config())) as partial:
+        (partial / split).mkdir()
+        for number, part in enumerate((rows[:7], rows[7:])):
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+            (partial / split / f"part-{number}.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder)
+
+
+def test_two_models_are_scored_on_the_same_rows_in_their_order(
+    ray_cluster: None, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Ten rows the model knows, with the numbers to tell them apart; two it cannot know; the base knows as much."""
+    known = {"instruction": "你好", "output": f"{HELLO}[1]", "answer": HELLO, "golden": 1}
+    rows = [known | {"source": f"a.json:{number}"} for number in range(10)]
+    rows[3] = {"instruction": "你好", "output": REFUSAL, "answer": REFUSAL, "golden": None, "source": "a.json:3"}
+    rows[8] = {"instruction": "你好", "output": "你好👋", "source": "a.json:8"}
+    data = prepared(tmp_path / "data", rows)
+    tuned = merge(MergeConfig(base=str(model), out=str(tmp_path / "model")))
+    capsys.readouterr()
+    config = EvaluateConfig(
+        model=tuned, against="base", data=data, out=str(tmp_path / "scores"), max_tokens=24, workers=2, batch_size=2
+    )
+    out = Path(evaluate(config))
+
+    written = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["source"] for row in written] == [f"a.json:{number}" for number in range(10)]
+    assert written[0]["model"] == {
+        "prediction": HELLO, "exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "citation_accuracy": 0.0,
+    }  # fmt: skip
+    assert written[3]["model"] == {
+        "prediction": HELLO, "exact_match": 0.0, "f1": 0.0, "rouge_l": 0.0, "refusal_recall": 0.0,
+    }  # fmt: skip
+    assert written[8]["gold"] == "你好👋"
+    assert "citation_accuracy" not in written[8]["model"]
+
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert list(scores) == ["against", "model"]
+    assert (scores["against"]["folder"], scores["model"]["folder"]) == (str(model), tuned)
+    exact = scores["model"]["exact_match"]
+    assert (exact["value"], exact["n"]) == (0.8, 10)
+    assert exact["low"] < 0.8 < exact["high"]
+    assert (scores["model"]["citation_accuracy"]["n"], scores["model"]["refusal_recall"]["n"]) == (8, 1)
+    assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert storage.open_folder(out, "evaluate").receipt.counts == {"rows": 10}
+    printed = capsys.readouterr().out
+    assert "10 rows" in printed
+    assert "exact_match" in printed
+    assert "80.0" in printed
+
+
+def test_a_question_that_does_not_fit_gets_no_answer_and_a_damaged_model_ends_the_stage(
+    ray_cluster: None, model: Path, tmp_path: Path
+):
+    long = {"instruction": "长" * 9000, "output": "长"}
+    data = prepared(tmp_path / "data", [long, {"instruction": "你好", "output": HELLO}])
+    config = EvaluateConfig(model=str(model), data=data, out=str(tmp_path / "scores"), max_tokens=24)
+    rows = [json.loads(line) for line in Path(evaluate(config), "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["model"]["prediction"] for row in rows] == ["", HELLO]
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    file = damaged / "pytorch_model-00002-of-00004.bin"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(StageError, match=r"asking .*damaged failed: .*00002-of-00004.bin is damaged") as error:
+        evaluate(config.model_copy(update={"model": str(damaged), "out": str(tmp_path / "none")}))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_limit_draws_the_same_rows_every_time_in_their_order(tmp_path: Path):
+    data = prepared(tmp_path / "data", [{"instruction": str(number), "output": "x"} for number in range(100)])
+    drawn = [int(row["instruction"]) for row in read_rows(EvaluateConfig(data=data, limit=10))]
+    assert len(drawn) == 10
+    assert drawn == sorted(drawn)
+    assert drawn[-1] > 50
+    assert drawn == [int(row["instruction"]) for row in read_rows(EvaluateConfig(data=data, limit=10))]
+    assert len(read_rows(EvaluateConfig(data=data, limit=1000))) == 100
+
+
+def no_data(model: Path, tmp: Path) -> dict[str, str]:
+    return {"model": str(model), "data": str(tmp / "nowhere")}
+
+
+def no_dev_rows(model: Path, tmp: Path) -> dict[str, str]:
+    return {"model": str(model), "data": prepared(tmp / "data", [{"instruction": "1", "output": "1"}], "train")}
+
+
+def base_of_an_official_model(model: Path, tmp: Path) -> dict[str, str]:
+    return {"model": str(model), "against": "base", "data": prepared(tmp / "data", [])}
+
+
+def an_adapter(model: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "adapter").mkdir()
+    (tmp / "adapter/adapter_config.json").write_text("{}")
+    return {"model": str(tmp / "adapter")}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (no_data, "nowhere: there is no such folder; run prepare first"),
+        (no_dev_rows, "has no dev rows; prepare again with a larger --dev_share"),
+        (base_of_an_official_model, "--against base: no receipt says what .* was tuned from; name that model's folder"),
+        (an_adapter, "is an adapter, but a model is needed here; fold it into its base first: merge --adapter"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_anything_starts(
+    make: Callable[[Path, Path], dict[str, str]], message: str, model: Path, tmp_path: Path
+):
+    config = EvaluateConfig(**make(model, tmp_path), out=str(tmp_path / "scores"))
+    with pytest.raises((StageError, ModelError), match=message) as error:
+        evaluate(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "scores").exists()

@@ -1,0 +1,300 @@
+"""Adapters folded into their base: the weights to the bit, the three formats, receipts, refusals, kill -9."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from chatglm3 import ModelError, load_model, load_tokenizer
+from chatglm3.adapters import load_adapter, native_adapter
+from chatglm3.chat import render
+from chatglm3.checkpoint import read_config
+from chatglm3.tiny.exam import demo_lessons
+from cluster import storage
+from cluster.errors import StageError
+from pipelines.merging import QUANTIZATION, MergeConfig, merge
+
+FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official fp16 folder of sizes that bitsandbytes takes, with the genuine tokenizer."""
+    return with_tokenizer(shared, "nf4able-fp16-bin", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def old_adapter(shared: Path) -> Path:
+    """A PEFT adapter on query_key_value, as the predecessor trained them."""
+    return shared / "chatglm3/lora/nf4able-fp16-bin-qkv-1"
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of ours on all linear layers, with the receipt that train writes."""
+    facts = {**FACTS, "base": str(base), "tokenizer": load_tokenizer(base).fingerprint}
+    out = tmp_path_factory.mktemp("train") / "adapter"
+    with storage.publish(out, storage.Receipt("train", {}, facts=facts)) as folder:
+        tuned_adapter(base, folder, std=0.05)
+    return out
+
+
+def tuned_adapter(base: Path | str, folder: Path, std: float) -> None:
+    """Write an adapter that changes every linear layer; `std` says how much."""
+    torch.manual_seed(1)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+    model = get_peft_model(load_model(base), LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=std)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def with_tokenizer(shared: Path, name: str, folder: Path) -> Path:
+    shutil.copytree(shared / "chatglm3/ckpt" / name, folder, dirs_exist_ok=True)
+    shutil.copyfile(shared / "chatglm3/tokenizer.model", folder / "tokenizer.model")
+    return folder
+
+
+def logits(folder: Path | str, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return load_model(folder, **options)(ids).logits.float()
+
+
+def test_each_weight_is_the_fp32_sum_rounded_once(base: Path, adapter: Path, tmp_path: Path):
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model")))
+    merged = load_file(tmp_path / "model/model.safetensors")
+    before = load_model(base).state_dict()
+    _, lora = native_adapter(adapter, read_config(base))
+    rounded_twice = 0
+    for name, weight in before.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        a, b = (lora.get(f"{module}.lora_{matrix}.weight") for matrix in "AB")
+        update = torch.zeros(()) if a is None else 8 / 4 * (b @ a)
+        assert torch.equal(merged[name], (weight.float() + update).bfloat16()), name
+        rounded_twice += int((merged[name] != weight.bfloat16() + update.bfloat16()).sum())
+    assert rounded_twice > 1000  # so the comparison above can tell the two ways apart
+
+
+def test_the_merged_model_computes_what_base_and_adapter_compute(base: Path, old_adapter: Path, tmp_path: Path):
+    """Against the official code's own logits. Rounding the weights to bf16 is the whole difference."""
+    golden = load_file(old_adapter / "golden.safetensors")
+    ids, official = golden["input_ids"], golden["logits"]
+    merge(MergeConfig(adapter=str(old_adapter), base=str(base), out=str(tmp_path / "model")))
+    merged = logits(tmp_path / "model", ids, dtype=torch.float32)[0]
+    assert (logits(base, ids, dtype=torch.float32)[0] - official).abs().max() > 10  # what the adapter changes
+    assert (merged - official).abs().max() < 0.3
+    assert (merged - official).abs().mean() < 0.05
+    assert kl(official, merged) < 1e-3
+
+
+def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the next token over all positions."""
+    a, b = wanted.log_softmax(-1), found.log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", "int8"])
+def test_a_quantised_folder_loads_as_what_quantising_the_merged_weights_gives(
+    weight_format: str, base: Path, adapter: Path, tmp_path: Path
+):
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "bf16")))
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "small"), format=weight_format))
+    ids = torch.arange(5, 45)[None]
+    loaded = logits(tmp_path / "small", ids)
+    assert torch.equal(loaded, logits(tmp_path / "bf16", ids, quantization_config=QUANTIZATION[weight_format]))
+    assert not torch.equal(loaded, logits(tmp_path / "bf16", ids))
+
+
+def test_what_train_told_is_carried_over_and_the_base_is_found_by_it(adapter: Path, base: Path, tmp_path: Path):
+    out = merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model"), format="int8"))
+    receipt = storage.open_folder(out, "merge").receipt
+    assert receipt.facts == {
+        **FACTS, "base": str(base), "tokenizer": load_tokenizer(base).fingerprint, "format": "int8",
+    }  # fmt: skip
+    assert receipt.counts["bytes"] > 1_000_000
+    assert set(receipt.inputs) == {str(base), str(adapter)}
+
+
+def test_a_base_that_has_moved_can_be_named_and_is_then_the_one_in_the_receipt(
+    adapter: Path, base: Path, tmp_path: Path
+):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    out = merge(MergeConfig(adapter=str(adapter), base=str(moved), out=str(tmp_path / "model")))
+    assert storage.open_folder(out).receipt.facts["base"] == str(moved)
+
+
+def test_the_folder_holds_the_tokenizer_and_where_generation_stops(adapter: Path, base: Path, tmp_path: Path):
+    out = Path(merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model"))))
+    assert load_tokenizer(out).encode("你好</s>") == load_tokenizer(base).encode("你好</s>")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 64795, 64797]
+
+
+def test_a_base_without_an_adapter_is_only_converted(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = merge(MergeConfig(base=str(base), out=str(tmp_path / "model")))
+    merged, before = load_model(out).state_dict(), load_model(base).state_dict()
+    assert all(torch.equal(merged[name], weight.bfloat16()) for name, weight in before.items())
+    assert storage.open_folder(out).receipt.facts["prompt_format"] == "chat"
+    assert f"merge: {base} converted, bf16" in capsys.readouterr().out
+
+
+def test_a_merged_model_can_be_converted_again_and_keeps_its_facts(adapter: Path, tmp_path: Path):
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "bf16")))
+    merge(MergeConfig(base=str(tmp_path / "bf16"), out=str(tmp_path / "nf4"), format="nf4"))
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "direct"), format="nf4"))
+    again, direct = (storage.open_folder(tmp_path / name).receipt.facts for name in ("nf4", "direct"))
+    assert again == direct
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("nf4", "direct")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_base_of_bf16_whose_tensors_are_views_of_one_is_written_whole(base: Path, tmp_path: Path):
+    folder = tmp_path / "official-bf16"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.bin*"))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(base.glob("*.bin")):
+        tensors |= torch.load(file, weights_only=True)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    merged = load_model(merge(MergeConfig(base=str(folder), out=str(tmp_path / "model")))).state_dict()
+    assert all(torch.equal(merged[name], weight) for name, weight in load_model(folder).state_dict().items())
+
+
+def test_an_official_int4_folder_is_dequantised_with_a_note(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = with_tokenizer(shared, "int4-fp16-bin", tmp_path / "int4")
+    merged = load_model(merge(MergeConfig(base=str(folder), out=str(tmp_path / "model")))).state_dict()
+    assert "official int4 format" in capsys.readouterr().err
+    assert all(torch.equal(merged[name], weight.bfloat16()) for name, weight in load_model(folder).state_dict().items())
+
+
+def test_an_old_adapter_is_taken_for_chat_unless_told_otherwise(
+    old_adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = MergeConfig(adapter=str(old_adapter), base=str(base), out=str(tmp_path / "model"))
+    assert storage.open_folder(merge(config)).receipt.facts["prompt_format"] == "chat"
+    assert "--prompt_format bare" in capsys.readouterr().err
+    bare = config.model_copy(update={"prompt_format": "bare"})
+    assert storage.open_folder(merge(bare)).receipt.facts["prompt_format"] == "bare"
+    assert "--prompt_format" not in capsys.readouterr().err
+
+
+def other_shape(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    other = with_tokenizer(shared, "rope32k-fp16-bin", tmp / "other")
+    return MergeConfig(adapter=str(shared / "chatglm3/lora/nf4able-fp16-bin-qkv-1"), base=str(other))
+
+
+def of_another_tokenizer(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    shutil.copytree(base, tmp / "other")
+    with (tmp / "other/tokenizer.model").open("ab") as file:
+        file.write(b"\x12\x00")  # an empty protobuf field: another file, the same model
+    facts = {"base": str(base), "tokenizer": load_tokenizer(base).fingerprint}
+    with storage.publish(tmp / "adapter", storage.Receipt("train", {}, facts=facts)) as folder:
+        shutil.copytree(shared / "chatglm3/lora/nf4able-fp16-bin-qkv-1", folder, dirs_exist_ok=True)
+    return MergeConfig(adapter=str(tmp / "adapter"), base=str(tmp / "other"))
+
+
+def quantised_base(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    return MergeConfig(base=merge(MergeConfig(base=str(base), out=str(tmp / "nf4"), format="nf4")))
+
+
+def another_family(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    (tmp / "llama").mkdir()
+    (tmp / "llama/config.json").write_text('{"model_type": "llama"}')
+    return MergeConfig(base=str(tmp / "llama"))
+
+
+def unfinished_adapter(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    (tmp / "adapter").mkdir()
+    return MergeConfig(adapter=str(tmp / "adapter"))
+
+
+def with_dora(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    model = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    model.save_pretrained(tmp / "dora", save_embedding_layers=False)
+    return MergeConfig(adapter=str(tmp / "dora"), base=str(base))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda *_: MergeConfig(adapter="nowhere"), r"nowhere: there is no such folder; run train first"),
+        (
+            lambda *_: MergeConfig(base="nowhere"),
+            r"nowhere: there is no such model folder; give the right one with --base",
+        ),
+        (lambda *_: MergeConfig(adapter=""), r"--adapter and --base are both empty"),
+        (lambda shared, *_: MergeConfig(adapter=str(shared / "chatglm3/lora/nf4able-fp16-bin-qkv-1")), r"--base DIR"),
+        (unfinished_adapter, r"adapter has no receipt.json: train did not finish there"),
+        (other_shape, r"use .*base"),
+        (of_another_tokenizer, r"was trained on .*, whose tokenizer is not that of --base .*other"),
+        (quantised_base, r"--base .*nf4 is quantised already; give the 16-bit model"),
+        (another_family, r"config.json: model_type is 'llama'"),
+        (with_dora, r"use_dora is True"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_in_one_line_and_leaves_nothing(
+    make: Callable[..., MergeConfig], message: str, shared: Path, base: Path, tmp_path: Path
+):
+    config = make(shared, base, tmp_path).model_copy(update={"out": str(tmp_path / "out/model")})
+    with pytest.raises((StageError, ModelError), match=message) as error:
+        merge(config)
+    assert "\n" not in str(error.value)
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_a_prompt_format_against_the_receipt_is_refused(adapter: Path, tmp_path: Path):
+    with pytest.raises(StageError, match=r"--prompt_format chat: the receipt says bare"):
+        merge(MergeConfig(adapter=str(adapter), prompt_format="chat", out=str(tmp_path / "model")))
+
+
+def test_a_merge_killed_in_the_middle_leaves_no_model_and_the_next_one_clears_up(adapter: Path, tmp_path: Path):
+    command = ["-m", "pipelines", "merge", "--adapter", str(adapter), "--out", str(tmp_path / "model")]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (leftovers := list(tmp_path.glob(".model.partial-*"))):
+        assert process.poll() is None, "it ended before it wrote anything"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == leftovers
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model")))
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "least_agreement", "most_kl"), [("bf16", 0.97, 0.001), ("int8", 0.95, 0.003), ("nf4", 0.92, 0.03)]
+)
+def test_the_formats_agree_with_base_and_live_adapter_as_measured(
+    weight_format: str, least_agreement: float, most_kl: float, tmp_path: Path
+):
+    """Top-1 agreement and KL on the answers to 24 questions of the demo: 0.99, 0.98, 0.97; 0.0002, 0.001, 0.011."""
+    tuned_adapter("tiny", tmp_path / "adapter", std=0.01)
+    merge(MergeConfig(adapter=str(tmp_path / "adapter"), base="tiny", format=weight_format, out=str(tmp_path / "out")))
+    live = load_adapter(load_model("tiny", dtype=torch.float32), tmp_path / "adapter")
+    wanted, found = answer_logits(live), answer_logits(load_model(tmp_path / "out"))
+    assert (wanted.argmax(-1) == found.argmax(-1)).float().mean() > least_agreement
+    assert kl(wanted, found) < most_kl
+
+
+def answer_logits(model: Any) -> torch.Tensor:
+    """Logits of every token of the right answers to ten of the demo's questions."""
+    tokenizer = load_tokenizer("tiny")
+    rows = []
+    for lesson in demo_lessons(10):
+        ids, is_target = render(tokenizer, lesson.messages)
+        with torch.inference_mode():
+            rows.append(model(torch.tensor([ids])).logits[0, :-1][torch.tensor(is_target[1:])])
+    return torch.cat(rows).float()

@@ -1,0 +1,91 @@
+"""Scores of answers, worked out by hand from the official rules."""
+
+import subprocess
+import sys
+
+import pytest
+
+from chatglm3.documents import REFUSAL
+from pipelines.metrics import exact_match, f1, rouge_l, score, segments, summarize
+
+
+def test_exact_match_ignores_case_and_punctuation_as_cmrc_2018_does():
+    assert exact_match("《红楼梦》。", "红楼梦") == 1.0
+    assert exact_match(" Python-3", "python3") == 1.0
+    assert exact_match("1,000", "1000") == 0.0  # the official list has no ASCII comma
+    assert exact_match("曹雪芹", "曹雪") == 0.0
+
+
+def test_segments_are_chinese_characters_and_other_words():
+    assert segments("《红楼梦》有120回") == ["红", "楼", "梦", "有", "120", "回"]
+    assert segments("约3.5%，Terry Gates等") == ["约", "3.5", "%", "terry", "gates", "等"]
+    assert segments("共1,000人,Prim算法") == ["共", "1,000", "人", ",", "prim", "算", "法"]
+    assert segments("POW/POS") == ["powpos"]  # the official script drops `/` without ending the word
+
+
+def test_f1_counts_the_longest_common_run_not_all_common_characters():
+    # 曹雪芹 is common to both: 3 of 5 and 3 of 3.
+    assert f1("作者曹雪芹", "曹雪芹") == pytest.approx(2 * 3 / (5 + 3))
+    # 北京 and 大学 are common, but the longest run is 2 of 5 and 2 of 4.
+    assert f1("北京的大学", "北京大学") == pytest.approx(2 * 2 / (5 + 4))
+    assert f1("", "北京") == 0.0
+
+
+def test_rouge_l_is_the_common_subsequence_of_words():
+    # 我 / 来到 / 北京 / 清华大学 against 我 / 在 / 北京: two of four and two of three.
+    assert rouge_l("我来到北京清华大学", "我在北京") == pytest.approx(2 * 2 / (4 + 3))
+    assert rouge_l("", "我在北京") == 0.0
+
+
+def test_a_cited_answer_is_scored_without_its_citation():
+    points = score("曹雪芹[2]", "曹雪芹", golden=2)
+    assert points["exact_match"] == (1.0, 1.0)
+    assert points["citation_accuracy"] == (1.0, 1.0)
+    assert score("曹雪芹[1]", "曹雪芹", golden=2)["citation_accuracy"] == (0.0, 1.0)
+
+
+def test_citing_every_document_is_no_right_citation():
+    assert score("曹雪芹[1][2][3]", "曹雪芹", golden=2)["citation_accuracy"] == (0.0, 1.0)
+
+
+def test_rows_without_a_golden_document_say_nothing_of_citations_and_refusals():
+    points = score("曹雪芹", "曹雪芹")
+    assert [name for name, (_, possible) in points.items() if possible] == ["exact_match", "f1", "rouge_l"]
+
+
+def test_a_refusal_and_an_answer_have_nothing_in_common():
+    wrong_refusal = score(REFUSAL, "根据提供的文档", golden=1)
+    assert (wrong_refusal["f1"], wrong_refusal["refusal_precision"]) == ((0.0, 1.0), (0.0, 1.0))
+    invented = score("根据提供的文档是北京[1]", REFUSAL, answerable=False)
+    assert (invented["f1"], invented["refusal_recall"]) == ((0.0, 1.0), (0.0, 1.0))
+    right = score(REFUSAL, REFUSAL, answerable=False)
+    assert {name: value for name, (value, possible) in right.items() if possible} == {
+        "exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "refusal_precision": 1.0, "refusal_recall": 1.0,
+    }  # fmt: skip
+
+
+def test_refusals_have_precision_and_recall():
+    rows = [score(REFUSAL, REFUSAL, answerable=False)] * 3 + [score("北京", REFUSAL, answerable=False)]
+    rows += [score(REFUSAL, "北京", golden=1)] * 2 + [score("北京[1]", "北京", golden=1)] * 4
+    scores = summarize(rows)
+    assert (scores["refusal_precision"].value, scores["refusal_precision"].n) == (3 / 5, 5)
+    assert (scores["refusal_recall"].value, scores["refusal_recall"].n) == (3 / 4, 4)
+    assert (scores["citation_accuracy"].value, scores["citation_accuracy"].n) == (4 / 6, 6)
+
+
+def test_the_interval_is_the_binomial_one_and_the_same_every_time():
+    rows = [score("是", "是")] * 60 + [score("否", "是")] * 40
+    scores = summarize(rows)
+    assert scores["exact_match"].value == 0.6
+    assert scores["exact_match"].low == pytest.approx(0.6 - 0.096, abs=0.015)  # 1.96 * sqrt(0.6 * 0.4 / 100)
+    assert scores["exact_match"].high == pytest.approx(0.6 + 0.096, abs=0.015)
+    assert summarize(rows) == scores
+    assert "refusal_recall" not in scores
+
+
+def test_scoring_is_silent_and_needs_no_torch():
+    program = (
+        "import sys; from pipelines.metrics import rouge_l; rouge_l('你好', '你好'); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
