@@ -49,8 +49,6 @@ def _start_private_session(quiet: dict[str, Any]) -> None:
     # Ray guards a private session by a token. One of this process alone leaves no token file in the home folder,
     # which would switch a later `ray start` to token mode by surprise.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Ray's C++ parts write to the terminal what is an error only to them; set the variable to see it.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # With as many workers as CPUs Ray Data gets none and waits for ever; CPUs are only Ray's admission tickets.
     ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
 

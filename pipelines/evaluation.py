@@ -112,6 +112,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str
         },
         batch_size=config.batch_size,
         compute=ray.data.ActorPoolStrategy(size=config.workers),
+        max_restarts=0,  # restarting for ever would hide a model that cannot be loaded, and makes Ray warn
         num_gpus=gpus,
     )
     console = Console(stderr=True)

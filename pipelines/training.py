@@ -178,6 +178,8 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
     try:
         with LossBoard(folder / "metrics.jsonl", plan.steps):
             return trainer.fit()
+    except SystemExit:  # Ray Train's own answer to Ctrl-C, after it has ended the workers
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise StageError(
             f"training failed: {_cause(error)}; the same command goes on from the last checkpoint"
