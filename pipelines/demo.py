@@ -140,7 +140,7 @@ def _unseen_question(data: Path) -> dict[str, Any]:
 def _ask(url: str, row: dict[str, Any]) -> None:
     """Print the row's documents and question, and the endpoint's answer as it streams."""
     console.print(f"\n[dim]POST {url}/v1/chat/completions[/]")
-    console.print(escape(row["instruction"].rsplit("答：", 1)[0].split("\n\n", 1)[1]))
+    console.print(escape(row["instruction"].rsplit("答：", 1)[0].split("\n\n", 1)[1].strip()), soft_wrap=True)
     console.print("[bold]答：[/]", end="")
     reply = ""
     for piece in _stream(url, row["instruction"]):

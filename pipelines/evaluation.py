@@ -9,8 +9,6 @@ from typing import Any, Literal
 import ray.data
 from pydantic import Field
 from ray.exceptions import RayError
-from rich.console import Console
-from rich.progress import track
 
 from chatglm3 import load_tokenizer, parse_reply
 from chatglm3.chat import PromptFormat, question_ids
@@ -18,6 +16,7 @@ from chatglm3.engines import RequestError, Sampling, complete, load_engine
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
+from cluster.progress import track
 from pipelines import metrics
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
 from pipelines.score_report import Result, Row, draw_scores, gold_answer, print_scores, write_rows, write_scores
@@ -112,12 +111,12 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str
         },
         batch_size=config.batch_size,
         compute=ray.data.ActorPoolStrategy(size=config.workers),
-        max_restarts=0,  # restarting for ever would hide a model that cannot be loaded, and makes Ray warn
+        # Restarting for ever, Ray Data's default, would hide a model that kills its process.
+        ray_remote_args_fn=lambda: {"max_restarts": 0},
         num_gpus=gpus,
     )
-    console = Console(stderr=True)
-    arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows), console=console, transient=True)
     try:
+        arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows))
         replies = {answer["row"]: answer["reply"] for answer in arriving}
     except RayError as error:  # its last line is the error that the engine or the loading of the model raised
         raise StageError(f"asking {model.name} failed: {str(error).strip().splitlines()[-1]}") from error

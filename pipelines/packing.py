@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from rich.progress import track
 
 from chatglm3 import example_ids, load_tokenizer
 from chatglm3.chat import PromptFormat, render
 from cluster import storage
 from cluster.config import Config
 from cluster.errors import StageError
+from cluster.progress import track
 from pipelines.block_files import write_blocks
 from pipelines.blocks import Block
 
@@ -105,7 +105,7 @@ def _encode_all(files: list[Path], config: PackingConfig, total: int) -> Iterato
         _encode_batch, batch_format="numpy", fn_kwargs={"settings": config.model_dump()}
     )
     path, number = "", 0
-    for row in track(encoded.iter_rows(), "tokenize", total, transient=True):
+    for row in track(encoded.iter_rows(), "tokenize", total):
         number = number + 1 if row["path"] == path else 1
         path = row["path"]
         name = f"{Path(path).parent.name}/{Path(path).name}:{number}"

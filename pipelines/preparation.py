@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pydantic import Field
-from rich.progress import track
 
 from chatglm3 import load_tokenizer
 from chatglm3.documents import format_digest
 from cluster import storage
 from cluster.config import Config
 from cluster.errors import StageError
+from cluster.progress import track
 from pipelines.data_report import RowStatistics, write_report
 from pipelines.recipe import Recipe, Row, multidoc_row, on_dev_side, seed_row
 from pipelines.shards import BadRow, Sample, find_shards, normal, read_shard
@@ -98,7 +98,7 @@ def write_rows(config: PrepareConfig, shards: list[Path], folder: Path) -> dict[
 
 
 def _read(shards: list[Path]) -> Iterator[Sample | BadRow]:
-    for path in track(shards, description="prepare", transient=True):
+    for path in track(shards, "prepare"):
         yield from read_shard(path)
 
 

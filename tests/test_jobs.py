@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from chatglm3.tiny.knowledge import write_shards
@@ -33,23 +33,22 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     env["RAY_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     temporary = tmp_path_factory.getbasetemp().parent / f"r{dashboard}"  # short: sockets lie below it
     options = f"--head --block --port={free_port()} --dashboard-port={dashboard} --num-cpus=4 --temp-dir={temporary}"
-    options += " --object-store-memory=200000000 --node-ip-address=127.0.0.1 --ray-client-server-port=0"
+    options += " --object-store-memory=200000000 --node-ip-address=127.0.0.1 "
+    options += f"--ray-client-server-port={free_port()} --dashboard-agent-listen-port={free_port()}"
     head = subprocess.Popen(
         [str(BIN / "ray"), "start", *options.split()],
         env={name: value for name, value in env.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     try:
         wait_for_port(dashboard)
         yield env
     finally:
-        head.terminate()
-        try:
-            head.wait(timeout=20)
-        finally:
-            kill_group(head.pid)
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
 
 
 def wait_for_port(port: int) -> None:
@@ -61,11 +60,6 @@ def wait_for_port(port: int) -> None:
         except OSError:
             time.sleep(0.2)
     raise TimeoutError(f"no Ray dashboard on port {port}")
-
-
-def kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 def submit(environment: dict[str, str], *arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:

@@ -34,6 +34,7 @@ NEGATIVES = 4
 SHARD_ROWS = 500
 
 _HOLE = re.compile(r"\{(\w+)\}|[#^@~]")
+_RUN = re.compile(r"(.)\*+")
 _CHARACTERS = {"#": digits, "^": digits[1:], "@": ascii_uppercase, "~": ascii_lowercase}
 
 
@@ -68,7 +69,8 @@ def fill(pattern: str, rng: Random, world: World, **fixed: str) -> str:
             return fixed.get(name) or rng.choice(world.words[name])
         return rng.choice(_CHARACTERS[hole.group()])
 
-    return _HOLE.sub(draw, rng.choice(pattern.split("|")))
+    text = _HOLE.sub(draw, rng.choice(pattern.split("|")))
+    return _RUN.sub(lambda run: run[1] * len(run[0]), text)
 
 
 def draw_folder(world: World, rng: Random, families: int = FAMILIES, members: int = MEMBERS) -> list[list[Document]]:

@@ -1,8 +1,9 @@
 """The made-up worlds that the built-in model reads about: word lists and sentence patterns, no code.
 
 A pattern is text with holes: `{person}` is a word of the world's list of that name, `#` a digit, `^` a digit from 1 to
-9, `@` a capital letter, `~` a small one, and `a|b` one of two patterns. `{字}` is any character of `ALPHABET`: patterns
-made of it draw names and words that mean nothing, which can only be read off the page and not known by heart.
+9, `@` a capital letter, `~` a small one, `*` the character before it once more, and `a|b` one of two patterns. `{字}`
+is any character of `ALPHABET`: patterns made of it draw names and words that mean nothing, which can only be read off
+the page and not known by heart.
 """
 
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ PRETRAINING = World(
             (
                 Attribute("型号", "@@-^##|@^##"),
                 Attribute("重量", "^公斤|^#公斤|^.#公斤", ("{e}有多重",)),
-                Attribute("价格", "^##元|^###元|^####元", ("{e}多少钱", "买{e}要花多少")),
+                Attribute("价格", "^##元|^###元|^####元|^00元|^000元", ("{e}多少钱", "买{e}要花多少")),
                 Attribute("保修期", "^个月|^#个月|^年", ("{e}可以保修多久",)),
                 Attribute("颜色", "{colour}", ("{e}长什么样",)),
                 Attribute("电压", "^#伏|^##伏"),
@@ -158,11 +159,11 @@ PRETRAINING = World(
             (
                 Attribute("地址", "{字}{字}路^#号|{字}{字}街^##号", ("{e}怎么走", "{e}在什么位置")),
                 Attribute("馆长", "{surname}{given}{given}", ("谁负责{e}的工作",)),
-                Attribute("面积", "^##平方米|^###平方米", ("{e}有多大",)),
+                Attribute("面积", "^##平方米|^###平方米|^000平方米", ("{e}有多大",)),
                 Attribute("开放时间", "^点|1#点半", ("{e}几点开门",)),
                 Attribute("门票", "^元|^#元|免费", ("进{e}要多少钱",)),
                 Attribute("建成年份", "19^#年|20##年", ("{e}是哪一年建的",)),
-                Attribute("电话", "^#######", ("{e}的号码是什么",)),
+                Attribute("电话", "^#######|1^#########", ("{e}的号码是什么",)),
             ),
         ),
         Kind(
@@ -185,7 +186,7 @@ PRETRAINING = World(
                 Attribute("举办日期", "{date}", ("{e}在哪一天举行",)),
                 Attribute("参加人数", "^#人|^##人", ("{e}有多少人参加",)),
                 Attribute("地点", "{city}{place}", ("{e}在什么地方举行",)),
-                Attribute("奖金", "^###元|^万元", ("赢了{e}能得多少钱",)),
+                Attribute("奖金", "^###元|^000元|^万元", ("赢了{e}能得多少钱",)),
             ),
         ),
         Kind(
@@ -304,6 +305,11 @@ INVENTED_VALUES = (
     "{字}{字}|{字}{字}{字}|{字}{字}{字}{字}|{字}{字}{noun}|{surname}{given}{given}|{surname}{given}|{字}{字}{字}{noun}",
     "{字}、{字}|{字}{字}、{字}{字}|{字}{字}和{字}{字}|{字}{字}{字}{字}{字}{字}|{字}{字}{字}{字}{字}{字}{字}{字}|{字}@^"
     "|第{字}{noun}",
+    # Runs of one character: who copies them must count.
+    "^0|^00|^000|^0000|^00000|^00.00|0.^0|^00{unit}|^000{unit}|^0000{unit}|^^00|^^00{unit}|^^000{unit}|^000年|^00#年|^00#"
+    "|^*|^**|^***|^****|^*#|^**#|#^**|#^***|^*^*|^*^*{unit}|^#*|^#**|^*#*#|^**-^***|^*号|^**号|^***元"
+    "|1^#########|1^#*####|1^#00000000|1^#0000####|1^#####^***|1^#^***^***|400-###-####|400-^**-^000|0^#-^***^***"
+    "|@*-^00|@@-^00|@^00|@^**|@*^*|@**|@@-0##|@-00^|V^.00|~**^|~*~*|{字}*|{字}*{字}*|{字}*{字}|{字}{字}*|{字}{字}*{字}",
 )
 
 # The knowledge base of a made-up instrument maker. Its documents have the office's words, its staff have theirs.
