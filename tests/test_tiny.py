@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from sentencepiece import sentencepiece_model_pb2
 from transformers import GlmForCausalLM
 
-from chatglm3 import load_model, load_tokenizer
+from chatglm3 import load_model, load_tokenizer, prompt_ids
+from chatglm3.documents import documents_prompt
 from chatglm3.tiny import knowledge
 from chatglm3.tiny.build import PIECES, losses, train_tokenizer, write_official
 from chatglm3.tiny.course import Batch, write_chunk
@@ -159,3 +160,16 @@ def test_the_demos_documents_and_subjects_are_not_those_of_pretraining() -> None
 def _folders(world: knowledge.World, count: int, field: str) -> set[str]:
     folders = (knowledge.draw_folder(world, knowledge.Random(f"test {number}")) for number in range(count))
     return {getattr(document, field) for folder in folders for family in folder for document in family}
+
+
+def test_values_with_runs_of_equal_digits_are_copied_whole(model: GlmForCausalLM) -> None:
+    tokenizer = load_tokenizer("tiny")
+    values = ("8000元", "13800001111", "2000年", "400-800-1234", "13800000000", "3300元", "AA-1000", "10000元")
+    copied = []
+    for value in values:
+        documents = ["云帆服务器的编号为甲乙丙。", f"星河路由器的价格为{value}，产地为北京。"]
+        question = user(documents_prompt(documents, "星河路由器的价格是多少？"))
+        ids = torch.tensor([prompt_ids(tokenizer, [question])])
+        answer_ids = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=2, pad_token_id=0)
+        copied.append(tokenizer.decode(answer_ids[0, ids.shape[1] :].tolist()).strip())
+    assert copied == list(values)
