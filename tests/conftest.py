@@ -9,7 +9,7 @@ import pytest
 # Before torch is imported: two cores that other processes want too make its threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = (Path(__file__).resolve().parents[2] / "shared").resolve()
 
 
 @pytest.fixture(scope="session")

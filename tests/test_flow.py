@@ -27,7 +27,7 @@ def pipelines(*arguments: str, timeout_s: int = 400) -> str:
 
 @pytest.mark.timeout(900)
 def test_the_demo_doubles_the_exact_match_on_unseen_documents_and_answers_over_http(tmp_path: Path) -> None:
-    printed = pipelines("demo", "--out", str(tmp_path / "demo"), timeout_s=880)
+    printed = pipelines("demo", "--out", str(tmp_path / "demo"), "--samples", "1200", timeout_s=880)
     scores = json.loads((tmp_path / "demo/evaluation/scores.json").read_text())
     base, tuned = scores["against"]["exact_match"]["value"], scores["model"]["exact_match"]["value"]
     assert tuned >= 0.6

@@ -98,13 +98,6 @@ def test_a_failed_stage_ends_the_job_with_one_clear_line(environment: dict[str, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_relative_output_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
-    write_shards(tmp_path / "raw", "demo", 20, seed=3)
-    result = submit(environment, "prepare", "--raw", f"{tmp_path}/raw", "--out", "out/data")
-    assert result.returncode != 0
-    assert "give an absolute path" in result.stdout + result.stderr
-
-
 def test_a_stopped_job_leaves_no_half_written_folder(environment: dict[str, str], tmp_path: Path) -> None:
     write_shards(tmp_path / "raw", "demo", 20_000, seed=3)
     submit(environment, "prepare", "--raw", f"{tmp_path}/raw", "--out", f"{tmp_path}/data", wait=False)
