@@ -13,7 +13,9 @@ from cluster.errors import StageError
 class Config(BaseModel):
     """Base class of every stage's settings; the class docstring becomes the text of `STAGE -h`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str) -> Self:

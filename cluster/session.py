@@ -26,7 +26,7 @@ def connect() -> None:
         return
     try:
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise StageError(f"no Ray cluster answers at {address}: {error}; correct or unset RAY_ADDRESS") from None
 
 

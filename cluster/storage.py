@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +82,7 @@ def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
 
     After an exception nothing is left. A finished folder at `out` is replaced; one of somebody else's is refused.
     """
-    out = check_output(out)
+    out = check_output(out, receipt.stage, receipt.inputs)
     remove_leftovers(out)
     started = time.monotonic()
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -103,9 +103,15 @@ def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
         remove_leftovers(out)
 
 
-def check_output(out: str | Path) -> Path:
-    """`out` as a path that a stage may write. Raises StageError before any work is done where it may not."""
+def check_output(out: str | Path, stage: str, inputs: Iterable[str] = ()) -> Path:
+    """`out` as a path that `stage` may write. Raises StageError before any work is done where it may not."""
     out = Path(out)
+    for path in inputs:
+        if Path(path).resolve() == out.resolve():
+            raise StageError(f"--out {out} is also an input, which would be lost; name another folder")
+    earlier = read_receipt(out) if out.is_dir() else None
+    if earlier and earlier.stage != stage:
+        raise StageError(f"--out {out} holds what {earlier.stage} wrote; name another folder for {stage}")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not out.is_absolute():
         raise StageError(
             f"--out {out} is relative, and a Ray job's working folder is thrown away; give an absolute path"

@@ -30,5 +30,5 @@ def _quiet_libraries() -> None:
 
 if __name__ == "__main__":
     _quiet_libraries()
-    expected = (StageError, ModelError)
+    expected = (StageError, ModelError, OSError)
     sys.exit(run_command("python -m pipelines", STAGES, sys.argv[1:], expected, {"train": translate_flags}))

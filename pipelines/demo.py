@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from pipelines.merging import MergeConfig, merge
 from pipelines.preparation import PrepareConfig, prepare
 from pipelines.training import TrainConfig, train
 
+ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 120
 # Small steps and a high rate: a model of 4 million parameters learns new words for old questions in one epoch.
 RECIPE: dict[str, Any] = {
@@ -60,10 +60,12 @@ class DemoConfig(Config):
 def demo(config: DemoConfig) -> str:
     """Go from shards to an HTTP answer and return the output folder."""
     started = time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU everywhere: two workers would want two GPUs
     out = Path(config.out)
     port = _free_port(config.port)  # asked for now, because at the end it would be too late to say that it is taken
     _title("1. A knowledge base", "shards in the Multi-Doc-QA schema; the tiny model has seen none of these documents")
-    shutil.rmtree(out / "raw", ignore_errors=True)
+    for shard in (out / "raw").glob("demo-*.json"):
+        shard.unlink()
     write_shards(out / "raw", "demo", config.samples, seed=1)
     _title("2. prepare", "check, split by document, build multi-document prompts with cited answers")
     data = prepare(PrepareConfig(raw=str(out / "raw"), out=str(out / "data"), distractors=3, dev_share=0.12))
@@ -88,7 +90,7 @@ def _title(name: str, text: str) -> None:
 
 def _serve_and_ask(out: Path, port: int, stay: bool) -> None:
     file = out / "serve.yaml"
-    settings = yaml.safe_load(Path("serve_app/serve.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((ROOT / "serve_app/serve.yaml").read_text(encoding="utf-8"))
     settings["http_options"]["port"] = port
     settings["applications"][0]["args"]["model"] = str((out / "model").resolve())
     file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")

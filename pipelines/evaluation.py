@@ -50,7 +50,7 @@ class EvaluateConfig(Config):
 
 def evaluate(config: EvaluateConfig) -> str:
     """Score a model, and the one it is compared with, and return the folder of results."""
-    storage.check_output(config.out)
+    storage.check_output(config.out, "evaluate")
     models = open_models(config)
     data = storage.open_folder(config.data, "prepare")
     rows = read_rows(config)

@@ -48,7 +48,7 @@ class MergeConfig(Config):
 
 def merge(config: MergeConfig) -> str:
     """Fold an adapter into its base model and return the model folder."""
-    storage.check_output(config.out)
+    storage.check_output(config.out, "merge")
     told = _adapter_facts(config)
     base = open_base(config, told)
     paths = [base.path, Path(config.adapter)] if config.adapter else [base.path]

@@ -14,7 +14,10 @@ RENAMED = {
     "--lora_rank": "--lora.rank",
     "--lora_dim": "--lora.alpha",  # its code passes lora_dim as LoraConfig's lora_alpha
 }
-ATTENTION = "[q_proj, k_proj, v_proj]"
+LORA = [
+    *("--lora.rank", "4", "--lora.alpha", "8", "--lora.dropout", "0.05"),
+    *("--lora.targets", "[q_proj, k_proj, v_proj]"),
+]
 ROW_FILES = ("--train_data_path", "--eval_data_path")
 
 
@@ -56,8 +59,8 @@ def read_training_arguments(path: str) -> list[str]:
         new, remark = translate(value, fields, f"--train_args_json {path}: {name}")
         flags += new
         print(f"train: {name}: {value} -> {' '.join(new) or remark}", file=sys.stderr)
-    print(f"train: adapters on q, k and v, as there -> --lora.targets {ATTENTION}", file=sys.stderr)
-    return [*flags, "--lora.targets", ATTENTION]
+    print(f"train: its adapters, unless flags say otherwise -> {' '.join(LORA)}", file=sys.stderr)
+    return [*flags, *LORA]
 
 
 Translated = tuple[list[str], str]
@@ -86,6 +89,12 @@ def _remark(text: str) -> Translator:
 def _batch_size(value: Any, fields: dict[str, Any], where: str) -> Translated:
     examples = int(fields.get("per_device_train_batch_size", 8)) * int(fields.get("gradient_accumulation_steps", 1))
     return ["--batch_size", str(examples)], ""
+
+
+def _accumulation(value: Any, fields: dict[str, Any], where: str) -> Translated:
+    if "per_device_train_batch_size" in fields:
+        return [], "counted in --batch_size"
+    return _batch_size(value, fields, where)
 
 
 def _schedule(value: Any, fields: dict[str, Any], where: str) -> Translated:
@@ -119,7 +128,7 @@ def _steps(flag: str, strategy_fields: tuple[str, ...]) -> Translator:
 FIELDS: dict[str, Translator] = {
     "output_dir": _flag("--out"),
     "per_device_train_batch_size": _batch_size,
-    "gradient_accumulation_steps": _remark("counted in --batch_size"),
+    "gradient_accumulation_steps": _accumulation,
     "per_device_eval_batch_size": _remark("no effect: dev rows are packed into blocks of --block_tokens"),
     "learning_rate": _flag("--learning_rate"),
     "num_train_epochs": _flag("--epochs"),

@@ -17,7 +17,7 @@ from cluster.config import Config
 from cluster.errors import StageError
 from cluster.progress import track
 from pipelines.data_report import RowStatistics, write_report
-from pipelines.recipe import Recipe, Row, multidoc_row, on_dev_side, seed_row
+from pipelines.recipe import Recipe, Row, multidoc_row, on_dev_side, seed_row, without_dev_documents
 from pipelines.shards import BadRow, Sample, find_shards, normal, read_shard
 
 ROWS_PER_FILE = 10_000
@@ -86,7 +86,9 @@ def write_rows(config: PrepareConfig, shards: list[Path], folder: Path) -> dict[
                 statistics.duplicates += 1
             else:
                 seen.add(key)
-                side = "dev" if on_dev_side(item, config.dev_share, config.seed) else "train"
+                side = "dev" if on_dev_side(item.positive, config.dev_share, config.seed) else "train"
+                if side == "train":
+                    item = without_dev_documents(item, config.dev_share, config.seed)
                 row = make_row(item)
                 writers[side].write(row)
                 statistics.add(side, row, item)
@@ -147,8 +149,13 @@ class _RowWriter:
         if self.count % ROWS_PER_FILE == 0:
             path = self.folder / f"part-{self.count // ROWS_PER_FILE:05d}.jsonl"
             self.file = self.files.enter_context(path.open("w", encoding="utf-8"))
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.write(_one_line(json.dumps(row, ensure_ascii=False)) + "\n")
         self.count += 1
+
+
+def _one_line(text: str) -> str:
+    """JSON text with Unicode's other line ends escaped: many readers, Ray Data's among them, split lines there."""
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
 def _dataset_digest(folder: Path) -> str:

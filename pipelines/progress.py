@@ -52,7 +52,7 @@ class LossBoard:
 
     def __enter__(self) -> "LossBoard":
         done = len(read_metrics(self._path))
-        if done:
+        if done and any(self._path.parent.glob("checkpoint_*")):
             print(f"train: resuming: an earlier run of this reached step {done}; going on from its last checkpoint")
         self._thread.start()
         return self

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from chatglm3.documents import REFUSAL, cited_answer, documents_prompt, seed_prompt
@@ -44,8 +44,12 @@ def multidoc_row(sample: Sample, recipe: Recipe, tokenizer: Tokenizer) -> Row:
     The choice depends on the sample's own text and `recipe.seed` only, so it is the same in every run and order.
     """
     chance = random.Random(f"{recipe.seed}:{sample.question}:{sample.positive}")
-    documents = choose_distractors(sample, recipe.distractors, chance)
-    refuse = bool(documents) and chance.random() < recipe.refusal_share
+    usable = usable_distractors(sample)
+    # As many documents with a refusal as with an answer: their number must not give the refusal away.
+    most = len(usable) if recipe.refusal_share else len(usable) + 1
+    total = max(1, min(recipe.distractors + 1, most))
+    refuse = bool(usable) and chance.random() < recipe.refusal_share
+    documents = choose_distractors(usable, sample.hard, total if refuse else total - 1, chance)
     golden = None if refuse else chance.randint(0, len(documents))
     if golden is not None:
         documents.insert(golden, sample.positive)
@@ -64,15 +68,16 @@ def multidoc_row(sample: Sample, recipe: Recipe, tokenizer: Tokenizer) -> Row:
     }
 
 
-def choose_distractors(sample: Sample, count: int, chance: random.Random) -> list[str]:
-    """Up to `count` negatives in random order, half of them hard where there are enough.
-
-    Negatives that contain the answer are left out: they would be golden too. Single characters are in every text.
-    """
+def usable_distractors(sample: Sample) -> list[str]:
+    """The negatives without the answer; the others would be golden too. Single characters are in every text."""
     answer = normal(sample.answer)
-    usable = [text for text in sample.negatives if len(answer) < 2 or answer not in normal(text)]
-    hard = [text for text in usable if text in sample.hard]
-    easy = [text for text in usable if text not in sample.hard]
+    return [text for text in sample.negatives if len(answer) < 2 or answer not in normal(text)]
+
+
+def choose_distractors(usable: list[str], marked: frozenset[str], count: int, chance: random.Random) -> list[str]:
+    """Up to `count` of `usable` in random order, half of them `marked` as hard where there are enough."""
+    hard = [text for text in usable if text in marked]
+    easy = [text for text in usable if text not in marked]
     chance.shuffle(hard)
     chance.shuffle(easy)
     wanted = max(count // 2, count - len(easy))
@@ -98,8 +103,9 @@ def fit_documents(
         if longest != golden and keep < SHORTEST_DOCUMENT:
             documents[longest], lengths[longest] = "", 0
             continue
-        around = documents[longest].find(answer) if longest == golden else 0
-        documents[longest] = _cut(documents[longest], max(around, 0), keep - 6, tokenizer)
+        start = documents[longest].find(answer) if longest == golden else -1
+        middle = start + len(answer) // 2 if start >= 0 else 0
+        documents[longest] = _cut(documents[longest], middle, keep - 6, tokenizer)
         lengths[longest] = keep
     kept = [i for i in range(len(documents)) if documents[i]]
     return [documents[i] for i in kept], None if golden is None else kept.index(golden)
@@ -122,7 +128,12 @@ def _window(text: str, around: int, size: int) -> str:
     return text[start : start + size]
 
 
-def on_dev_side(sample: Sample, share: float, seed: int) -> bool:
-    """Whether the sample's document belongs to the dev side: a property of its text, so no document is on both."""
-    digest = hashlib.sha256(f"{seed}:{normal(sample.positive)}".encode()).digest()
+def on_dev_side(document: str, share: float, seed: int) -> bool:
+    """Whether a document belongs to the dev side: a property of its text, so it is the same in every run and order."""
+    digest = hashlib.sha256(f"{seed}:{normal(document)}".encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def without_dev_documents(sample: Sample, share: float, seed: int) -> Sample:
+    """A training sample whose distractors are no documents of the dev side: training never sees those."""
+    return replace(sample, negatives=tuple(text for text in sample.negatives if not on_dev_side(text, share, seed)))

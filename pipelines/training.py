@@ -63,7 +63,7 @@ class TrainConfig(Config):
     """Stop after so many optimizer steps; 0: all epochs."""
     batch_size: int = Field(32, ge=1)
     """Examples per optimizer step over all workers, rounded to whole blocks."""
-    block_tokens: int = Field(2048, ge=16)
+    block_tokens: int = Field(4096, ge=16)
     """Tokens of a packed block, which is what a worker computes at once; more is faster and takes more memory."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
@@ -77,7 +77,7 @@ class TrainConfig(Config):
     """Gradients are scaled down to this norm."""
     eval_steps: int = Field(0, ge=0)
     """Measure the loss on the dev rows every so many steps; 0: after each epoch."""
-    save_steps: int = Field(0, ge=0)
+    save_steps: int = Field(50, ge=0)
     """Write a checkpoint every so many steps; 0: after each epoch."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints stay in OUT.run."""
@@ -101,15 +101,15 @@ def train(config: TrainConfig) -> str:
     base = open_model(config.base, "--base")
     if "quantization_config" in base.config:
         raise StageError(f"--base {config.base} is quantised already; give the 16-bit model it was made from")
-    storage.check_output(config.out)
-    digest = _digest(config, data)
+    storage.check_output(config.out, "train", (config.data, base.location))
+    digest = _digest(config, base.location, data)
     if _finished(config, digest):
         print(f"train: {config.out} is finished already with this data and these settings; nothing to do")
         return config.out
     session.connect()
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     session.require(config.workers, 1, gpus)
-    run = Path(f"{config.out}.run").resolve()
+    run = Path(f"{Path(config.out)}.run").resolve()
     plan = make_plan(config, base.location, data, run / f"run-{digest[:16]}")
     result = _fit(config, plan, gpus)
     facts = {
@@ -197,10 +197,12 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _digest(config: TrainConfig, data: storage.Folder) -> str:
+def _digest(config: TrainConfig, base: str, data: storage.Folder) -> str:
     """Identity of the loss curve: data and settings, but not where it is written or on how many workers."""
-    settings = config.model_dump(exclude={"out", "data", "workers", "max_failures", "keep_checkpoints", "save_steps"})
-    text = json.dumps([settings, data.receipt.facts["dataset"]], sort_keys=True)
+    settings = config.model_dump(
+        exclude={"out", "data", "base", "workers", "max_failures", "keep_checkpoints", "save_steps"}
+    )
+    text = json.dumps([settings, base, data.receipt.facts["dataset"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

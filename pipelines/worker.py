@@ -105,9 +105,11 @@ class Training:
         blocks = [self.train_blocks[index] for index in share]
         loss = run_blocks(self.model, blocks, max(targets, 1), f"{self.plan.seed}:{self.step}")
         loss = sum_over_workers(self.parameters, loss)
-        if not math.isfinite(value := loss.item()):
-            raise FloatingPointError(f"the loss is {value} at step {self.step + 1}, rows {_rows(blocks)}")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
+        if not (math.isfinite(value := loss.item()) and math.isfinite(norm.item())):
+            raise FloatingPointError(
+                f"loss {value}, gradient norm {norm.item()} at step {self.step + 1}, rows {_rows(blocks)}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -155,3 +155,17 @@ def test_a_damaged_receipt_and_another_stages_folder_are_refused(tmp_path: Path)
     (tmp_path / "a" / "receipt.json").write_text("{")
     with pytest.raises(StageError, match="is damaged"):
         read_receipt(tmp_path / "a")
+
+
+def test_an_input_and_another_stages_result_are_not_overwritten(tmp_path: Path) -> None:
+    with publish(tmp_path / "a", receipt_of("prepare", Outer())):
+        pass
+    with (
+        pytest.raises(StageError, match="holds what prepare wrote"),
+        publish(tmp_path / "a", receipt_of("train", Outer())),
+    ):
+        pass
+    again = receipt_of("prepare", Outer(), inputs={str(tmp_path / "a"): ""})
+    with pytest.raises(StageError, match="is also an input"), publish(tmp_path / "a", again):
+        pass
+    assert open_folder(tmp_path / "a", "prepare")

@@ -51,6 +51,7 @@ def test_its_own_file_becomes_our_flags_and_each_field_is_accounted_for(
         "--save_steps": "500",
         "--eval_steps": "500",
         "--seed": "42",
+        "--lora.dropout": "0.05",
         "--lora.targets": "[q_proj, k_proj, v_proj]",
         "--lora.rank": "4",
         "--lora.alpha": "8",

@@ -102,7 +102,9 @@ def test_multidoc_rows_cite_the_golden_document_at_a_uniform_place_or_refuse(tmp
         documents = r["instruction"].split("\n\n", 1)[1].split("\n问题为：")[0].split("\n")
         assert r["output"] == f"{r['answer']}[{r['golden']}]"
         assert r["answer"] in documents[r["golden"] - 1]
-        assert len(documents) == 5
+        assert len(documents) == r["documents"]
+    counts = [{r["documents"] for r in rows if bool(r["golden"]) is kind} for kind in (True, False)]
+    assert counts[0] == counts[1], "the number of documents gives the refusal away"
     assert 0.2 < 1 - len(answered) / len(rows) < 0.3
     places = [sum(r["golden"] == place for r in answered) for place in range(1, 6)]
     assert min(places) > 0.12 * len(answered)
@@ -148,3 +150,25 @@ def test_the_report_is_one_page_that_shows_pictures_and_marked_samples(tmp_path:
     assert "&lt;b&gt;文档" in page
     assert "<b>文档" not in page
     assert "<mark>" in page
+
+
+def test_training_never_sees_a_document_of_the_dev_side(tmp_path: Path) -> None:
+    rows = [row(n) for n in range(60)]
+    for number, each in enumerate(rows):  # every row's positive document is a distractor elsewhere
+        each["negative_doc"] = [{"text": rows[(number + step) % 60]["positive_doc"][0]["text"]} for step in range(1, 7)]
+    raw = write_rows(tmp_path / "raw", rows)
+    data = prepare(PrepareConfig(raw=str(raw), out=str(tmp_path / "out"), dev_share=0.2))
+    golden = [
+        r["instruction"].split("\n\n", 1)[1].split("\n")[r["golden"] - 1][4:] for r in read(data, "dev") if r["golden"]
+    ]
+    seen = "\n".join(r["instruction"] for r in read(data, "train"))
+    assert golden
+    assert not any(document in seen for document in golden)
+
+
+def test_unicode_line_ends_in_a_document_stay_in_one_line_of_the_row_file(tmp_path: Path) -> None:
+    raw = write_rows(tmp_path / "raw", [row(1, document="甲\u2028乙\u2029丙\x85丁，答1")])
+    data = prepare(PrepareConfig(raw=str(raw), out=str(tmp_path / "out"), preset="seed", dev_share=0))
+    text = Path(data, "train/part-00000.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 1
+    assert "甲\u2028乙\u2029丙\x85丁" in json.loads(text)["instruction"]
