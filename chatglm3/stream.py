@@ -15,27 +15,37 @@ class TextStream:
     def __init__(self, tokenizer: ChatGlmTokenizer, stop: Sequence[str] = ()) -> None:
         assert all(stop), "an empty stop string would end every answer before its start"
         self._decoder = TextDecoder(tokenizer)
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
+        self._stop = StopTexts(stop)
+
+    @property
+    def stopped(self) -> bool:
         """Whether a stop string has come."""
+        return self._stop.found
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that these ids make final. Empty after a stop string."""
-        return "" if self.stopped else self._release(self._decoder.push(ids))
+        return "" if self.stopped else self._stop.push(self._decoder.push(ids))
 
     def finish(self) -> str:
         """The rest of the text: call it once, when no more ids will come."""
-        if self.stopped:
-            return ""
-        text = self._release(self._decoder.finish())
-        return text if self.stopped else text + self._held
+        return "" if self.stopped else self._stop.push(self._decoder.finish(), is_last=True)
 
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        found = [(start + len(mark), start) for mark in self._stop if (start := text.find(mark)) >= 0]
-        self.stopped = bool(found)
-        end = min(found)[1] if found else len(text) - held_back(text, self._stop)
+
+class StopTexts:
+    """Cuts a growing text before the first of some texts."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+        """Whether one of them has come."""
+
+    def push(self, text: str, is_last: bool = False) -> str:
+        """What of the text so far is certain and new."""
+        text = self._held + text
+        starts = [(start + len(mark), start) for mark in self._stop if (start := text.find(mark)) >= 0]
+        self.found = bool(starts)
+        end = min(starts)[1] if starts else len(text) - (0 if is_last else held_back(text, self._stop))
         self._held = text[end:]
         return text[:end]
 

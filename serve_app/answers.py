@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatglm3.engines import Delta, EngineError, FinishReason
 from chatglm3.reply import ReplyStream
-from chatglm3.stream import held_back
+from chatglm3.stream import StopTexts
 from serve_app.errors import api_error
 from serve_app.schema import AnswerMessage, ChatCompletion, Choice, Usage
 
@@ -34,6 +34,7 @@ class Answer:
         """`reply` takes ChatGLM3's metadata off; None leaves text as it is. `stop` ends what the client sees."""
         self._deltas = deltas
         self._reply = reply
+        # Not the engine's own stop texts, which see ChatGLM3's metadata line: "\\n" would end every reply there.
         self._stop = StopTexts(stop)
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
@@ -91,27 +92,6 @@ class Answer:
     def _chunk(self, delta: dict[str, str], finish_reason: FinishReason | None, usage: dict[str, None]) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return _event({**self._chunk_head(), "choices": [choice], **usage})
-
-
-class StopTexts:
-    """Cuts a growing text before the first of some texts.
-
-    Not the engine's own stop texts, which see ChatGLM3's metadata line as well: "\\n" would end every reply there.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str, is_last: bool) -> str:
-        """What of the text so far is certain and new."""
-        text = self._held + text
-        starts = [(start + len(mark), start) for mark in self._stop if (start := text.find(mark)) >= 0]
-        self.found = bool(starts)
-        end = min(starts)[1] if starts else len(text) - (0 if is_last else held_back(text, self._stop))
-        self._held = text[end:]
-        return text[:end]
 
 
 class EventStream(StreamingResponse):
