@@ -129,7 +129,7 @@ def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool],
     """One JSON line as (ids, is_target, what is wrong with it)."""
     try:
         row = json.loads(line)
-        instruction, output = row["instruction"], row["output"]
+        instruction, output = row_question(row), row["output"]
     except (ValueError, TypeError, KeyError) as error:
         return [], [], f"no instruction row ({error!r})"
     tokenizer = _tokenizer(config.tokenizer)
@@ -139,6 +139,16 @@ def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool],
     messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
     ids, targets = render(tokenizer, messages)
     return ids, targets, ""
+
+
+def row_question(row: dict[str, Any]) -> str:
+    """What the model is asked in a row: its instruction and, after a newline, what else the row gives as `input`.
+
+    The predecessor's rows may have that column. Raises KeyError or TypeError for a row without such text.
+    """
+    instruction, more = row["instruction"], row.get("input") or ""
+    question = "\n".join((instruction, more))
+    return question if more.strip() else str(instruction)
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
