@@ -19,6 +19,7 @@ from cluster.errors import StageError
 from cluster.progress import track
 from pipelines import metrics
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
+from pipelines.packing import row_question
 from pipelines.score_report import Result, Row, draw_scores, gold_answer, print_scores, write_rows, write_scores
 
 
@@ -100,7 +101,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str
     """The model's reply to each row's instruction, in order, from an actor pool of `config.workers` engines."""
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     session.require(config.workers, 1, gpus)
-    questions = [{"row": index, "instruction": row["instruction"]} for index, row in enumerate(rows)]
+    questions = [{"row": index, "instruction": row_question(row)} for index, row in enumerate(rows)]
     answers = ray.data.from_items(questions).map_batches(
         Answerer,
         fn_constructor_kwargs={

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,34 @@ LORA = [
     *("--lora.targets", "[q_proj, k_proj, v_proj]"),
 ]
 ROW_FILES = ("--train_data_path", "--eval_data_path")
+BARE_ONLY = ("--max_input_length", "--max_output_length")
+HF_STEPS = 500  # TrainingArguments' own default of save_steps and logging_steps
 
 
 def translate_flags(flags: list[str]) -> list[str]:
     """Our flags for the predecessor's, the rest unchanged. What came from its JSON file goes first, so flags beat it.
 
-    Prints to stderr what became of each field. Raises StageError naming a field that has no meaning here.
+    Prints to stderr what became of each field and flag. Raises StageError naming a field that has no meaning here.
     """
     settings: list[str] = []
     own: list[str] = []
+    row_files: list[tuple[str, str]] = []
     words = iter(_split_equals(flags))
     for word in words:
         if word == "--train_args_json":
             settings += read_training_arguments(_value(word, words))
         elif word in ROW_FILES:
-            own += _data_flag(word, _value(word, words), own)
+            row_files.append((word, _value(word, words)))
+        elif word in RENAMED:
+            value = _value(word, words)
+            own += _told(word, value, [RENAMED[word], value])
         else:
-            own.append(RENAMED.get(word, word))
-    return settings + own
+            own.append(word)
+    if ("--prompt_format", "bare") not in pairwise(own):
+        for flag in BARE_ONLY:
+            if flag in own:
+                print(f"train: {flag}: no effect unless --prompt_format bare", file=sys.stderr)
+    return settings + own + _data_flags(row_files, own)
 
 
 def read_training_arguments(path: str) -> list[str]:
@@ -57,8 +68,7 @@ def read_training_arguments(path: str) -> list[str]:
         if translate is None:
             raise StageError(f"--train_args_json {path}: {name} has no meaning here; take it out (see train -h)")
         new, remark = translate(value, fields, f"--train_args_json {path}: {name}")
-        flags += new
-        print(f"train: {name}: {value} -> {' '.join(new) or remark}", file=sys.stderr)
+        flags += _told(name, value, new, remark)
     print(f"train: its adapters, unless flags say otherwise -> {' '.join(LORA)}", file=sys.stderr)
     return [*flags, *LORA]
 
@@ -88,7 +98,10 @@ def _remark(text: str) -> Translator:
 
 def _batch_size(value: Any, fields: dict[str, Any], where: str) -> Translated:
     examples = int(fields.get("per_device_train_batch_size", 8)) * int(fields.get("gradient_accumulation_steps", 1))
-    return ["--batch_size", str(examples)], ""
+    return [
+        "--batch_size",
+        str(examples),
+    ], "of all workers together; Hugging Face's Trainer would take as many for each worker"
 
 
 def _accumulation(value: Any, fields: dict[str, Any], where: str) -> Translated:
@@ -97,18 +110,27 @@ def _accumulation(value: Any, fields: dict[str, Any], where: str) -> Translated:
     return _batch_size(value, fields, where)
 
 
+def _max_steps(value: Any, fields: dict[str, Any], where: str) -> Translated:
+    return ["--max_steps", "0" if value == -1 else str(value)], ""
+
+
 def _schedule(value: Any, fields: dict[str, Any], where: str) -> Translated:
     if value not in ("linear", "cosine", "constant"):
         raise StageError(f"{where}: {value!r} is not supported; choose linear, cosine or constant")
     return ["--schedule", value], ""
 
 
-def _every(flag: str, steps_field: str) -> Translator:
-    """save_strategy and evaluation_strategy: `steps` leaves the number to its own field, `epoch` is our 0."""
+def _every(flag: str, steps_field: str, default_field: str) -> Translator:
+    """save_strategy and evaluation_strategy: `steps` leaves the number to its own field, `epoch` is our 0.
+
+    Without a number, Hugging Face's Trainer saves every 500 steps and evaluates as often as it logs.
+    """
 
     def translate(value: Any, fields: dict[str, Any], where: str) -> Translated:
         if value == "steps":
-            return [], f"every {steps_field}"
+            if fields.get(steps_field):
+                return [], f"every {steps_field}"
+            return [flag, str(fields.get(default_field) or HF_STEPS)], f"no {steps_field} is given"
         if value == "epoch":
             return [flag, "0"], ""
         raise StageError(f"{where}: {value!r} is not supported; choose steps or epoch")
@@ -120,7 +142,7 @@ def _steps(flag: str, strategy_fields: tuple[str, ...]) -> Translator:
     def translate(value: Any, fields: dict[str, Any], where: str) -> Translated:
         if "epoch" in (fields.get(name) for name in strategy_fields):
             return [], "no effect: the strategy is epoch"
-        return [flag, str(value)], ""
+        return ([flag, str(value)], "") if value else ([], "not given")
 
     return translate
 
@@ -132,17 +154,17 @@ FIELDS: dict[str, Translator] = {
     "per_device_eval_batch_size": _remark("no effect: dev rows are packed into blocks of --block_tokens"),
     "learning_rate": _flag("--learning_rate"),
     "num_train_epochs": _flag("--epochs"),
-    "max_steps": _flag("--max_steps"),
+    "max_steps": _max_steps,
     "lr_scheduler_type": _schedule,
     "warmup_ratio": _flag("--warmup_ratio"),
     "weight_decay": _flag("--weight_decay"),
     "max_grad_norm": _flag("--max_grad_norm"),
     "logging_steps": _remark("every step is logged"),
-    "save_strategy": _every("--save_steps", "save_steps"),
+    "save_strategy": _every("--save_steps", "save_steps", "save_steps"),
     "save_steps": _steps("--save_steps", ("save_strategy",)),
     "save_total_limit": _flag("--keep_checkpoints"),
-    "evaluation_strategy": _every("--eval_steps", "eval_steps"),
-    "eval_strategy": _every("--eval_steps", "eval_steps"),
+    "evaluation_strategy": _every("--eval_steps", "eval_steps", "logging_steps"),
+    "eval_strategy": _every("--eval_steps", "eval_steps", "logging_steps"),
     "eval_steps": _steps("--eval_steps", ("evaluation_strategy", "eval_strategy")),
     "gradient_checkpointing": _flag("--recompute"),
     "optim": _only("adamw_torch", "the optimizer is AdamW"),
@@ -153,8 +175,22 @@ FIELDS: dict[str, Translator] = {
 }
 
 
-def _data_flag(flag: str, path: str, own: list[str]) -> list[str]:
-    """`--data FOLDER` for a file or folder of rows inside a folder that prepare wrote."""
+def _data_flags(row_files: list[tuple[str, str]], own: list[str]) -> list[str]:
+    """`--data FOLDER` for files or folders of rows, which must all lie in one folder that prepare wrote."""
+    given = [value for flag, value in pairwise(own) if flag == "--data"]
+    known = bool(given)
+    for flag, path in row_files:
+        folder = _prepared_folder(flag, path)
+        for other in given:
+            if os.path.realpath(other) != os.path.realpath(folder):
+                raise StageError(
+                    f"{flag} {path}: training and dev rows must lie in one prepared folder, not also in {other}"
+                )
+        given.append(_told(flag, path, ["--data", folder])[1])
+    return ["--data", given[0]] if given and not known else []
+
+
+def _prepared_folder(flag: str, path: str) -> str:
     place = Path(path)
     if place.suffix in (".json", ".jsonl"):
         place = place.parent
@@ -163,14 +199,17 @@ def _data_flag(flag: str, path: str, own: list[str]) -> list[str]:
         raise StageError(
             f"{flag} {path}: not written by prepare; run prepare --raw SHARDS --out {folder}, then --data {folder}"
         )
-    if "--data" in own:
-        given = own[own.index("--data") + 1]
-        if os.path.realpath(given) != os.path.realpath(folder):
-            raise StageError(
-                f"{flag} {path}: training and dev rows must lie in one prepared folder, not also in {given}"
-            )
-        return []
-    return ["--data", str(folder)]
+    return str(folder)
+
+
+def _told(name: str, value: Any, new: list[str], remark: str = "") -> list[str]:
+    """The new flags, after saying on stderr that this is what the old setting became."""
+    became = " ".join(new)
+    print(
+        f"train: {name}: {value} -> {f'{became} ({remark})' if became and remark else became or remark}",
+        file=sys.stderr,
+    )
+    return new
 
 
 def _split_equals(flags: list[str]) -> list[str]:

@@ -92,6 +92,76 @@ def test_its_row_files_must_come_from_prepare(tmp_path: Path) -> None:
         translate_flags(["--train_data_path", f"{tmp_path}/elsewhere/train.json"])
 
 
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders as prepare leaves them."""
+    for name in ("data", "other"):
+        for side in ("train", "dev"):
+            (tmp_path / name / side).mkdir(parents=True)
+        (tmp_path / name / "receipt.json").write_text("{}")
+    return tmp_path / "data", tmp_path / "other"
+
+
+def test_rows_of_two_prepared_folders_are_refused_in_any_order_of_flags(folders: tuple[Path, Path]) -> None:
+    data, other = folders
+    assert translate_flags(["--data", str(data), f"--train_data_path={data}/train"]) == ["--data", str(data)]
+    for flags in (
+        ["--train_data_path", f"{data}/train", "--eval_data_path", f"{other}/dev"],
+        ["--train_data_path", f"{data}/train", "--data", str(other)],
+        ["--data", str(other), "--train_data_path", f"{data}/train"],
+    ):
+        with pytest.raises(StageError, match=r"rows must lie in one prepared folder, not also in .*(data|other)$"):
+            translate_flags(flags)
+
+
+def test_each_renamed_flag_is_said_on_stderr(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data, _ = folders
+    translate_flags(["--lora_rank", "4", "--lora_dim=8", "--train_data_path", f"{data}/train", "--epochs", "2"])
+    assert capsys.readouterr().err.splitlines() == [
+        "train: --lora_rank: 4 -> --lora.rank 4",
+        "train: --lora_dim: 8 -> --lora.alpha 8",
+        f"train: --train_data_path: {data}/train -> --data {data}",
+    ]
+
+
+def test_lengths_that_only_the_bare_format_cuts_at_are_said_to_have_no_effect_in_the_chat_format(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lengths = ["--max_input_length", "1024", "--max_output_length=512"]
+    assert translate_flags(lengths) == ["--max_input_length", "1024", "--max_output_length", "512"]
+    assert capsys.readouterr().err.splitlines() == [
+        "train: --max_input_length: no effect unless --prompt_format bare",
+        "train: --max_output_length: no effect unless --prompt_format bare",
+    ]
+    translate_flags([*lengths, "--prompt_format", "bare"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag", "value"),
+    [
+        ({"max_steps": -1}, "--max_steps", "0"),
+        ({"max_steps": 20}, "--max_steps", "20"),
+        ({"save_strategy": "steps"}, "--save_steps", "500"),
+        ({"save_strategy": "steps", "save_steps": 7}, "--save_steps", "7"),
+        ({"save_strategy": "epoch", "save_steps": 7}, "--save_steps", "0"),
+        ({"evaluation_strategy": "steps"}, "--eval_steps", "500"),
+        ({"evaluation_strategy": "steps", "logging_steps": 5}, "--eval_steps", "5"),
+        ({"eval_strategy": "steps", "eval_steps": None, "logging_steps": 5}, "--eval_steps", "5"),
+        ({"eval_strategy": "steps", "eval_steps": 9, "logging_steps": 5}, "--eval_steps", "9"),
+    ],
+)
+def test_numbers_left_out_are_what_training_arguments_defaults_to(
+    tmp_path: Path, fields: dict[str, Any], flag: str, value: str
+) -> None:
+    assert translate(tmp_path, fields)[flag] == value
+
+
+def test_the_batch_size_is_said_to_count_all_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    translate(tmp_path, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8})
+    assert "--batch_size 32 (of all workers together; Hugging Face" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prompt_format", ["bare", "chat"])
 def test_a_rows_input_is_appended_to_its_instruction_after_a_newline_unless_blank(prompt_format: Any) -> None:
     tokenizer = load_tokenizer("tiny")
