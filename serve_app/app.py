@@ -1,7 +1,10 @@
 """The Ray Serve application: replicas of a server that each hold one engine."""
 
+import http.client
 import logging
 import os
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import HTTPOptions
 
 from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
@@ -59,6 +63,7 @@ def build(args: AppArgs) -> Application:
     Opens the model folder here too, without reading the weights: what is wrong with it is then one line, and not the
     end of a traceback for each replica that tried.
     """
+    _refuse_taken_port()
     try:
         folder = model_folder(args.model)
         read_config(folder)
@@ -73,6 +78,38 @@ def build(args: AppArgs) -> Application:
     server = ChatServer.options(ray_actor_options=gpus)  # type: ignore[attr-defined]  # Serve's decorator adds it
     application: Application = server.bind(located)
     return application
+
+
+def _refuse_taken_port() -> None:
+    """Raise ClickException when the `serve run IMPORT_PATH` that this is part of will not get its port.
+
+    `serve run` with a config file calls `build` on the cluster, after Serve has opened the port or failed to.
+    """
+    command = click.get_current_context(silent=True)
+    if command is None or command.info_name != "run" or str(command.params.get("address")).startswith("ray://"):
+        return
+    options = HTTPOptions()
+    with socket.socket() as probe:
+        for shared in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # as Serve's proxy does
+            probe.setsockopt(socket.SOL_SOCKET, shared, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            if not _is_serve(f"http://{options.host}:{options.port}"):
+                raise click.ClickException(
+                    f"port {options.port} of {options.host} cannot be opened ({error.strerror}); end the program that "
+                    f"has it, or choose another port in serve_app/serve.yaml and: serve run serve_app/serve.yaml"
+                ) from None
+
+
+def _is_serve(url: str) -> bool:
+    """Whether Ray Serve answers there: on a cluster where it runs already, `serve run` deploys to it."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/-/healthz", timeout=5) as answer:
+            return bool(answer.read(100) == b"success")
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 @serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)

@@ -229,3 +229,34 @@ def test_serve_run_prints_that_line_and_exits_with_1():
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("Error: /nowhere is not a folder")
     assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_another_program_has_is_one_line_before_anything_starts():
+    environment = os.environ | {"RAY_SERVE_DEFAULT_HTTP_HOST": "127.0.0.7"}
+    command = [SERVE, "run", "serve_app.app:build"]
+    with socket.socket() as other:
+        other.bind(("127.0.0.7", 8000))
+        other.listen()
+        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "Error: port 8000 of 127.0.0.7 cannot be opened (Address already in use); end the program that has it, "
+        "or choose another port in serve_app/serve.yaml and: serve run serve_app/serve.yaml"
+    )
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_with_a_config_file_ray_itself_names_the_port_and_the_exit_code_is_1(tmp_path):
+    config = yaml.safe_load(CONFIG.read_text())
+    # A private Ray session would leave its token in the home folder, unless it is given one.
+    environment = os.environ | {"RAY_AUTH_TOKEN": "0" * 64}
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        config["http_options"]["port"] = port = other.getsockname()[1]
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+        command = [SERVE, "run", "--address", "local", tmp_path / "serve.yaml"]
+        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert f"RuntimeError: Failed to bind to address '127.0.0.1:{port}'." in result.stderr
