@@ -33,6 +33,8 @@ class MergeConfig(Config):
     """Folder written by train, or a PEFT adapter of the official modelling code (needs --base)."""
     base: str = ""
     """Model that the adapter belongs to, if it is not where it was trained."""
+    other_base: bool = False
+    """Fold an adapter into weights that it was not trained on."""
     prompt_format: PromptFormat | None = None
     """chat|bare: what an adapter without a receipt was trained with; the predecessor's were with bare."""
     format: Literal["bf16", "nf4", "int8"] = "bf16"
@@ -70,7 +72,8 @@ def merge(config: MergeConfig) -> str:
 def open_base(config: MergeConfig, told: dict[str, Any]) -> ModelFolder:
     """The model to start from. `told` is what the adapter's receipt says.
 
-    Raises StageError if the weights are quantised by bitsandbytes, or the adapter was trained with another tokenizer.
+    Raises StageError if the weights are quantised by bitsandbytes, or the adapter was trained with another tokenizer
+    or, unless that is asked for, on other weights.
     """
     base = open_model(config.base or told["base"], "--base")
     if "quantization_config" in base.config:
@@ -81,6 +84,11 @@ def open_base(config: MergeConfig, told: dict[str, Any]) -> ModelFolder:
         raise StageError(
             f"--adapter {config.adapter} was trained on {told['base']}, whose tokenizer is not that of "
             f"--base {base.name}; give the model it was trained on"
+        )
+    if "base_digest" in told and told["base_digest"] != base.weights_digest and not config.other_base:
+        raise StageError(
+            f"{base.name} does not hold the weights that --adapter {config.adapter} was trained on ({told['base']} at "
+            f"that time); give those with --base, or fold it into others knowingly with --other_base true"
         )
     return base
 
@@ -95,6 +103,8 @@ def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> 
             f"--prompt_format {config.prompt_format}: the receipt says {prompt_format}; leave the flag out"
         )
     origin = base.location if config.adapter else told.get("base", base.location)
+    if config.adapter:
+        told = told | {"base_digest": base.weights_digest}
     known = {"base": origin, "prompt_format": prompt_format, "tokenizer": base.tokenizer, "format": config.format}
     return told | known
 

@@ -1,17 +1,24 @@
 """The models that stages are given: `tiny`, an official ChatGLM3 folder, or a folder that merge wrote."""
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatglm3 import load_tokenizer
+import torch
+
+from chatglm3 import load_tokenizer, official
 from chatglm3.chat import PromptFormat
+from chatglm3.checkpoint import read_config
 from chatglm3.documents import format_digest
 from chatglm3.errors import ModelError
 from chatglm3.folder import model_folder, read_json
+from chatglm3.weights import open_weights
 from cluster import storage
 from cluster.errors import StageError
+
+SAMPLE = 2048  # values of each tensor that stand for it: half a row of a 6B model's matrix
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,24 @@ class ModelFolder:
     def tokenizer(self) -> str:
         """Fingerprint of its tokenizer."""
         return load_tokenizer(self.path).fingerprint
+
+    @property
+    def weights_digest(self) -> str:
+        """sha256 over names, shapes and a sample of each tensor, rounded to bf16: read in a moment at any size.
+
+        It is the same for a model's `.bin`, safetensors, official, native, 16-bit and fp32 folders. Raises ModelError
+        for an incomplete or damaged folder.
+        """
+        weights = open_weights(self.path)
+        tensors = {name: tensor for name, (_, tensor) in weights.items()}
+        if self.config["model_type"] == "chatglm" and "quantization_bit" not in self.config:
+            tensors = official.native_tensors(self.path, weights, read_config(self.path))
+        digest = hashlib.sha256()
+        for name, tensor in sorted(tensors.items()):
+            start = max(0, tensor.numel() - SAMPLE) // 2
+            sample = tensor.reshape(-1)[start : start + SAMPLE].to(torch.bfloat16)
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def prompt_format(self) -> PromptFormat:

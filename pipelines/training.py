@@ -102,7 +102,8 @@ def train(config: TrainConfig) -> str:
     if "quantization_config" in base.config:
         raise StageError(f"--base {config.base} is quantised already; give the 16-bit model it was made from")
     storage.check_output(config.out, "train", (config.data, base.location))
-    digest = _digest(config, base.location, data)
+    base_digest = base.weights_digest
+    digest = _digest(config, base_digest, data)
     if _finished(config, digest):
         print(f"train: {config.out} is finished already with this data and these settings; nothing to do")
         return config.out
@@ -114,6 +115,7 @@ def train(config: TrainConfig) -> str:
     result = _fit(config, plan, gpus)
     facts = {
         "base": base.location,
+        "base_digest": base_digest,
         "prompt_format": config.prompt_format,
         "prompt_digest": data.receipt.facts["prompt_digest"],
         "preset": data.receipt.facts["preset"],
@@ -197,12 +199,12 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _digest(config: TrainConfig, base: str, data: storage.Folder) -> str:
+def _digest(config: TrainConfig, base_digest: str, data: storage.Folder) -> str:
     """Identity of the loss curve: data and settings, but not where it is written or on how many workers."""
     settings = config.model_dump(
         exclude={"out", "data", "base", "workers", "max_failures", "keep_checkpoints", "save_steps"}
     )
-    text = json.dumps([settings, base, data.receipt.facts["dataset"]], sort_keys=True)
+    text = json.dumps([settings, base_digest, data.receipt.facts["dataset"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

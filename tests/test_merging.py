@@ -24,6 +24,7 @@ from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.merging import QUANTIZATION, MergeConfig, merge
+from pipelines.model_folders import open_model
 
 FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}
 
@@ -43,7 +44,7 @@ def old_adapter(shared: Path) -> Path:
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of ours on all linear layers, with the receipt that train writes."""
-    facts = {**FACTS, "base": str(base), "tokenizer": load_tokenizer(base).fingerprint}
+    facts = {**FACTS, "base": str(base), "base_digest": digest(base), "tokenizer": load_tokenizer(base).fingerprint}
     out = tmp_path_factory.mktemp("train") / "adapter"
     with storage.publish(out, storage.Receipt("train", {}, facts=facts)) as folder:
         tuned_adapter(base, folder, std=0.05)
@@ -59,6 +60,10 @@ def tuned_adapter(base: Path | str, folder: Path, std: float) -> None:
         if "lora_B" in name:
             parameter.data.normal_(std=std)
     model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def digest(folder: Path | str) -> str:
+    return open_model(str(folder), "--base").weights_digest
 
 
 def with_tokenizer(shared: Path, name: str, folder: Path) -> Path:
@@ -121,7 +126,8 @@ def test_what_train_told_is_carried_over_and_the_base_is_found_by_it(adapter: Pa
     out = merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model"), format="int8"))
     receipt = storage.open_folder(out, "merge").receipt
     assert receipt.facts == {
-        **FACTS, "base": str(base), "tokenizer": load_tokenizer(base).fingerprint, "format": "int8",
+        **FACTS, "base": str(base), "base_digest": digest(base), "tokenizer": load_tokenizer(base).fingerprint,
+        "format": "int8",
     }  # fmt: skip
     assert receipt.counts["bytes"] > 1_000_000
     assert set(receipt.inputs) == {str(base), str(adapter)}
@@ -133,6 +139,43 @@ def test_a_base_that_has_moved_can_be_named_and_is_then_the_one_in_the_receipt(
     moved = shutil.copytree(base, tmp_path / "moved")
     out = merge(MergeConfig(adapter=str(adapter), base=str(moved), out=str(tmp_path / "model")))
     assert storage.open_folder(out).receipt.facts["base"] == str(moved)
+
+
+def in_safetensors(official: Path, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """The same official model in another file format."""
+    shutil.copytree(official, folder, ignore=shutil.ignore_patterns("*.bin*"))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(official.glob("*.bin")):
+        tensors |= torch.load(file, weights_only=True)
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": str(dtype).removeprefix("torch.")}))
+    return folder
+
+
+def test_the_same_weights_are_the_same_base_in_any_file_format_layout_and_precision(base: Path, tmp_path: Path):
+    native = merge(MergeConfig(base=str(base), out=str(tmp_path / "native")))
+    assert digest(base) == digest(native) == digest(in_safetensors(base, tmp_path / "16"))
+    assert digest(base) == digest(in_safetensors(base, tmp_path / "32", torch.float32))
+
+
+def test_a_model_folded_from_a_base_and_an_adapter_is_another_base(base: Path, adapter: Path, tmp_path: Path):
+    assert digest(merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model")))) != digest(base)
+    assert digest("tiny") != digest(base)
+
+
+def test_an_adapter_of_other_weights_is_refused_unless_that_is_asked_for(base: Path, adapter: Path, tmp_path: Path):
+    other = str(tmp_path / "other")
+    merge(MergeConfig(adapter=str(adapter), out=other))  # same shapes, same tokenizer
+    config = MergeConfig(adapter=str(adapter), base=other, out=str(tmp_path / "model"))
+    with pytest.raises(
+        StageError, match=r"other does not hold the weights that --adapter .* --other_base true"
+    ) as error:
+        merge(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model").exists()
+    facts = storage.open_folder(merge(config.model_copy(update={"other_base": True}))).receipt.facts
+    assert (facts["base"], facts["base_digest"]) == (other, digest(other))
 
 
 def test_the_folder_holds_the_tokenizer_and_where_generation_stops(adapter: Path, base: Path, tmp_path: Path):
@@ -160,14 +203,7 @@ def test_a_merged_model_can_be_converted_again_and_keeps_its_facts(adapter: Path
 
 
 def test_a_base_of_bf16_whose_tensors_are_views_of_one_is_written_whole(base: Path, tmp_path: Path):
-    folder = tmp_path / "official-bf16"
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.bin*"))
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(base.glob("*.bin")):
-        tensors |= torch.load(file, weights_only=True)
-    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    folder = in_safetensors(base, tmp_path / "official-bf16", torch.bfloat16)
     merged = load_model(merge(MergeConfig(base=str(folder), out=str(tmp_path / "model")))).state_dict()
     assert all(torch.equal(merged[name], weight) for name, weight in load_model(folder).state_dict().items())
 

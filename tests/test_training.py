@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from chatglm3.tiny.knowledge import write_shards
 from cluster.errors import StageError
+from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
 from pipelines.training import TrainConfig, train
 
@@ -52,6 +53,7 @@ def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "loss.png", "tensorboard", "receipt.json"}
     facts = json.loads(Path(undisturbed, "receipt.json").read_text())["facts"]
     assert (facts["base"], facts["prompt_format"], facts["preset"]) == ("tiny", "chat", "multidoc")
+    assert facts["base_digest"] == open_model("tiny", "--base").weights_digest
     assert any(
         tensor.abs().max() > 0
         for name, tensor in load_file(f"{undisturbed}/adapter_model.safetensors").items()
