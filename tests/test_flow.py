@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,53 +39,65 @@ def test_the_demo_doubles_the_exact_match_on_unseen_documents_and_answers_over_h
         assert picture in printed
 
 
-def read_answer(port: int, question: str) -> str:
-    body = json.dumps({"model": "model", "max_tokens": 16, "messages": [{"role": "user", "content": question}]})
-    headers = {"Content-Type": "application/json"}
-    url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    with urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=60) as response:
-        return str(json.load(response)["choices"][0]["message"]["content"])
-
-
 @pytest.mark.timeout(900)
 def test_the_same_commands_take_real_shards_through_the_official_layout(shared: Path, tmp_path: Path) -> None:
     """3,245 real rows, the genuine tokenizer, a checkpoint of the official code that remembers two chats by heart."""
     with tarfile.open(shared / "data/multidoc.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     base = str(shared / "chatglm3/ckpt/full-fp16-bin")
-    data, adapter, model = str(tmp_path / "data"), str(tmp_path / "adapter"), str(tmp_path / "model")
+    data, adapter = str(tmp_path / "data"), str(tmp_path / "adapter")
     printed = pipelines("prepare", "--raw", str(tmp_path / "multidoc"), "--out", data, "--tokenizer", base)
     assert "2911 training and 334 dev rows, 0 bad, 0 duplicates" in printed
     learning = ["--max_steps", "20", "--batch_size", "2", "--learning_rate", "1e-6", "--block_tokens", "4096"]
     pipelines("train", "--data", data, "--base", base, "--out", adapter, "--workers", "2", *learning)
     assert len(Path(adapter, "metrics.jsonl").read_text().splitlines()) == 20
-    for weight_format in ("nf4", "int8", "bf16"):
+    models = {weight_format: str(tmp_path / weight_format) for weight_format in ("nf4", "int8", "bf16")}
+    for weight_format, model in models.items():
         pipelines("merge", "--adapter", adapter, "--out", model, "--format", weight_format)
         answer = pipelines("predict", "--model", model, "--max_tokens", "16", "你好").strip()
         assert answer.startswith("你好👋！我是人工智能助手"), weight_format
-    assert serve_and_ask(model, "你好", tmp_path / "serve.yaml").startswith("你好👋！我是人工智能助手")
+    for weight_format, answer in serve_and_ask(models, "你好", tmp_path / "serve.yaml").items():
+        assert answer.startswith("你好👋！我是人工智能助手"), weight_format
 
 
-def serve_and_ask(model: str, question: str, config: Path) -> str:
-    """One answer from `serve run` with the config file of the tree, but for its port and model."""
+def serve_and_ask(models: dict[str, str], question: str, file: Path) -> dict[str, str]:
+    """Each model's answer from one `serve run` of the tree's config file, its application once for each model."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    text = (ROOT / "serve_app/serve.yaml").read_text()
-    text = re.sub(r"port: \d+", f"port: {port}", text)
-    config.write_text(re.sub(r"model: \S+", f"model: {model}", text))
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
-    log = config.with_suffix(".log")
+    config = yaml.safe_load((ROOT / "serve_app/serve.yaml").read_text())
+    config["http_options"]["port"] = port
+    [application] = config["applications"]
+    application["deployments"][0]["ray_actor_options"] = {"num_cpus": 0.5}  # so that three fit on two cores
+    config["applications"] = [
+        application | {"name": name, "route_prefix": f"/{name}", "args": {"model": model, "name": "model"}}
+        for name, model in models.items()
+    ]
+    file.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+    log = file.with_suffix(".log")
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, env={**os.environ}, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 120
-        while server.poll() is None and time.monotonic() < deadline:
-            try:
-                return read_answer(port, question)
-            except OSError:
-                time.sleep(0.5)
-        raise AssertionError(log.read_text())
+        return {name: wait_for_answer(f"http://127.0.0.1:{port}/{name}", question, deadline, log) for name in models}
     finally:
         server.terminate()
         server.wait(timeout=60)
+
+
+def wait_for_answer(url: str, question: str, deadline: float, log: Path) -> str:
+    while time.monotonic() < deadline:
+        try:
+            return read_answer(url, question)
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def read_answer(url: str, question: str) -> str:
+    body = json.dumps({"model": "model", "max_tokens": 16, "messages": [{"role": "user", "content": question}]})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return str(json.load(response)["choices"][0]["message"]["content"])
