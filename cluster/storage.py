@@ -1,5 +1,6 @@
 """Folders with a receipt: what a stage reads and writes. They appear whole or not at all."""
 
+import glob
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from cluster.config import Config
 from cluster.errors import StageError
 
 RECEIPT = "receipt.json"
+OLD = "-old"
 PACKAGES = ("ray", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -91,13 +93,14 @@ def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
         # mkdtemp and safetensors keep others out, but pods of other users must read the folder.
         partial.chmod(0o755)
         for path in partial.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() else 0o644)
         receipt.versions = {name: found for name in PACKAGES if (found := _version(name))}
         receipt.seconds = receipt.seconds or round(time.monotonic() - started, 1)
         text = json.dumps(receipt.__dict__, ensure_ascii=False, indent=2, default=str)
         (partial / RECEIPT).write_text(text + "\n", encoding="utf-8")
         if out.exists():
-            out.rename(partial.with_name(partial.name + "-old"))
+            out.rename(partial.with_name(partial.name + OLD))
         partial.rename(out)
     finally:
         remove_leftovers(out)
@@ -106,6 +109,7 @@ def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
 def check_output(out: str | Path, stage: str, inputs: Iterable[str] = ()) -> Path:
     """`out` as a path that `stage` may write. Raises StageError before any work is done where it may not."""
     out = Path(out)
+    _finish_replacing(out)
     for path in inputs:
         if Path(path).resolve() == out.resolve():
             raise StageError(f"--out {out} is also an input, which would be lost; name another folder")
@@ -129,8 +133,26 @@ def check_output(out: str | Path, stage: str, inputs: Iterable[str] = ()) -> Pat
 
 def remove_leftovers(out: Path) -> None:
     """Delete what a killed run left beside `out`. Two runs at once into one folder are not supported."""
-    for folder in out.parent.glob(f".{out.name}.partial-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    _finish_replacing(out)
+    for folder in _leftovers(out):
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finish_replacing(out: Path) -> None:
+    """Do what a run that was killed between its two renames had yet to do, lest both folders count as leftovers."""
+    for old in _leftovers(out):
+        if old.name.endswith(OLD) and not os.path.lexists(out):
+            new = old.with_name(old.name.removesuffix(OLD))
+            (new if new.exists() else old).rename(out)
+
+
+def _leftovers(out: Path) -> list[Path]:
+    # mkdtemp draws eight characters. A wider pattern would take the leftovers of a folder named OUT.partial-...
+    names = f".{glob.escape(out.name)}.partial-????????"
+    return [path for pattern in (names, names + OLD) for path in out.parent.glob(pattern)]
 
 
 def receipt_of(stage: str, config: Config, **known: Any) -> Receipt:
