@@ -1,6 +1,6 @@
 """Conversations as token ids, in ChatGLM3's chat format or in the predecessor's bare one.
 
-A message is a dict in the official form: {"role", "content"[, "metadata"][, "tools"]}.
+A message is a dict in the official form: {"role", "content"[, "metadata"][, "tools"][, "loss"]}.
 """
 
 import json
@@ -40,18 +40,19 @@ def render(
     """A whole conversation to learn from: ids, and for each whether it is a target.
 
     Targets are what the assistant writes: its metadata line, its content, and the token that ends its turn,
-    which is the next message's role or, after the last message, `</s>`.
+    which is the next message's role or, after the last message, `</s>`. A turn with `"loss": False` is none.
     """
     ids, is_target = list(tokenizer.prefix_ids), [False, False]
-    assistant_spoke = False
-    for message in _with_tools(messages, tools):
+    learned_before = False
+    told = _with_tools(messages, tools)
+    for message in told:
         new = _message_ids(tokenizer, message)
-        by_assistant = message["role"] == "assistant"
+        is_learned = message["role"] == "assistant" and message.get("loss", True)
         ids += new
-        is_target += [assistant_spoke] + [by_assistant] * (len(new) - 1)
-        assistant_spoke = by_assistant
-    if assistant_spoke:
-        ids, is_target = [*ids, tokenizer.eos_id], [*is_target, True]
+        is_target += [learned_before] + [is_learned] * (len(new) - 1)
+        learned_before = is_learned
+    if told[-1]["role"] == "assistant":
+        ids, is_target = [*ids, tokenizer.eos_id], [*is_target, learned_before]
     return ids, is_target
 
 

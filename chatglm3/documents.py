@@ -1,4 +1,4 @@
-"""Document questions as prompts, and cited answers as text: the one builder that prepare, evaluate and serve use."""
+"""Document questions as prompts, and cited answers as text: the one builder for training, evaluation and questions."""
 
 import hashlib
 import re
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 REFUSAL = "根据提供的文档无法回答该问题。"
+_QUOTE = re.compile(r"“(?P<quote>[^\n]+)”(?P<citations>(?:\[\d+\])+)\n")
 _CITATIONS = re.compile(r"(?:\[\d+\])+\s*$")
 
 
@@ -16,6 +17,8 @@ class DocumentAnswer:
     text: str
     citations: tuple[int, ...]
     refused: bool
+    quote: str = ""
+    """Words of the cited document that the answer rests on; empty where it quotes none."""
 
 
 def seed_prompt(document: str, question: str) -> str:
@@ -35,21 +38,28 @@ def documents_prompt(documents: Sequence[str], question: str) -> str:
     return seed_prompt("\n".join(f"[{number}] {text}" for number, text in enumerate(documents, 1)), question)
 
 
-def cited_answer(answer: str, number: int) -> str:
-    """The text a model learns to write when document `number` (1-based) holds `answer`."""
-    return f"{answer}[{number}]"
+def cited_answer(answer: str, number: int, quote: str = "") -> str:
+    """The text a model learns to write when document `number` (1-based) holds `answer`: evidence first, if there is a
+    `quote` of one line, then the answer."""
+    return f"“{quote}”[{number}]\n{answer}" if quote else f"{answer}[{number}]"
 
 
 def parse_answer(reply: str) -> DocumentAnswer:
-    """Take the trailing citations off a model's reply; the reverse of `cited_answer`."""
+    """Take quote and citations off a model's reply; the reverse of `cited_answer`."""
     reply = reply.strip()
+    if head := _QUOTE.match(reply):
+        return DocumentAnswer(reply[head.end() :].strip(), _numbers(head["citations"]), False, head["quote"])
     tail = _CITATIONS.search(reply)
     text = reply[: tail.start()].rstrip() if tail else reply
-    numbers = tuple(dict.fromkeys(map(int, re.findall(r"\d+", tail.group())))) if tail else ()
-    return DocumentAnswer(text, numbers, refused=text == REFUSAL)
+    return DocumentAnswer(text, _numbers(tail.group()) if tail else (), refused=text == REFUSAL)
+
+
+def _numbers(citations: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(map(int, re.findall(r"\d+", citations))))
 
 
 def format_digest() -> str:
     """sha256 of the prompt and answer wording: models tuned with another wording must not be asked with this one."""
-    samples = [seed_prompt("{d}", "{q}"), documents_prompt(["{d}", "{e}"], "{q}"), cited_answer("{a}", 1), REFUSAL]
-    return hashlib.sha256("\0".join(samples).encode()).hexdigest()
+    prompts = [seed_prompt("{d}", "{q}"), documents_prompt(["{d}", "{e}"], "{q}")]
+    answers = [cited_answer("{a}", 1), cited_answer("{a}", 1, "{s}"), REFUSAL]
+    return hashlib.sha256("\0".join(prompts + answers).encode()).hexdigest()

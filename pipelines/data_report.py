@@ -1,138 +1,166 @@
 """The prepare stage's report: numbers as report.json, pictures and samples as one self-contained report.html."""
 
-import base64
 import html
 import io
 import json
-from collections import Counter
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import Row
-from pipelines.shards import BadRow, Sample
+import matplotlib
+import numpy as np
 
-SAMPLES_SHOWN = 12
-_QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+from pipelines.data_statistics import SAMPLES_SHOWN, Statistics, quantiles
+from pipelines.recipe import Built
+from pipelines.shards import BadRow
 
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # the backend comes first
 
-class RowStatistics:
-    """What the report shows, gathered row by row: numbers and a few samples, never the rows themselves."""
-
-    def __init__(self) -> None:
-        self.seen = self.duplicates = self.refusals = self.without_evidence = 0
-        self.rows = {"train": 0, "dev": 0}
-        self.lengths: dict[str, list[int]] = {"prompt": [], "answer": []}
-        self.documents: Counter[int] = Counter()
-        self.positions: Counter[int] = Counter()
-        self.samples: list[Row] = []
-
-    def add(self, side: str, row: Row, sample: Sample) -> None:
-        """Count one written row. Lengths are in characters."""
-        self.rows[side] += 1
-        self.lengths["prompt"].append(len(row["instruction"]))
-        self.lengths["answer"].append(len(row["output"]))
-        self.without_evidence += sample.answer not in sample.positive
-        self.documents[row.get("documents", 1)] += 1
-        if "golden" in row:
-            self.refusals += row["golden"] is None
-            self.positions[row["golden"] or 0] += 1
-        if len(self.samples) < SAMPLES_SHOWN:
-            self.samples.append(row)
-
-    def summary(self, bad: list[BadRow]) -> dict[str, Any]:
-        """The numbers of the report."""
-        return {
-            "rows_seen": self.seen,
-            "rows": self.rows,
-            "bad": dict(Counter(row.reason for row in bad).most_common()),
-            "duplicates": self.duplicates,
-            "refusals": self.refusals,
-            "answers_not_in_their_document": self.without_evidence,
-            "characters": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
-            "documents_in_prompt": {str(k): self.documents[k] for k in sorted(self.documents)},
-            "golden_position": {str(k): self.positions[k] for k in sorted(self.positions) if k},
-        }
+BAD_ROWS_SHOWN = 50
 
 
-def write_report(folder: Path, config: dict[str, Any], statistics: RowStatistics, bad: list[BadRow]) -> None:
-    """Write report.json and report.html into `folder`."""
-    summary = statistics.summary(bad)
-    (folder / "report.json").write_text(json.dumps(summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    sections = [
-        "<h2>Numbers</h2>" + _table(summary),
-        "<h2>Pictures</h2>" + _pictures(statistics),
-        f"<h2>The first {len(statistics.samples)} rows</h2>" + "".join(map(_sample, statistics.samples)),
-        _bad_rows(bad),
-        "<h2>Settings</h2>" + _table(config),
+def write_report(folder: Path, report: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write report.json and report.html into `folder`. `report` is what `preparation.write_data` returns."""
+    statistics: Statistics = report["statistics"]
+    numbers = {
+        "dataset": report["dataset"],
+        **{name: report[name] for name in ("lines", "bad", "dropped")},
+        **statistics.summary(),
+        "leaks": report["leaks"],
+    }
+    (folder / "report.json").write_text(json.dumps(numbers, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    samples = statistics.samples[:SAMPLES_SHOWN]
+    sections = {
+        "Where every line went": _flow(numbers),
+        "Numbers": _numbers(numbers, statistics),
+        "Pictures": _pictures(numbers, statistics),
+        "Leak check": _leaks(numbers["leaks"]),
+        f"{len(samples)} rows": _SAMPLES_HINT + "".join(map(_sample, samples)),
+        "Bad rows": _bad_rows(report["quarantine"]),
+        "Settings": _table(settings.items()),
+    }
+    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
+    (folder / "report.html").write_text(_PAGE.replace("BODY", body), encoding="utf-8")
+
+
+def _flow(numbers: Mapping[str, Any]) -> str:
+    lines, rows = numbers["lines"], numbers["rows"]
+    items = [
+        ("lines read", lines["read"]),
+        *((f"bad: {reason}", -count) for reason, count in numbers["bad"].items()),
+        *((name, -count) for name, count in numbers["dropped"].items()),
+        ("rows for training", rows.get("train", 0)),
+        ("rows for evaluation (dev)", rows.get("dev", 0)),
     ]
-    (folder / "report.html").write_text(_PAGE.replace("BODY", "\n".join(sections)), encoding="utf-8")
+    return _table((name, f"{count:,}") for name, count in items)
 
 
-def _quantiles(lengths: list[int]) -> dict[str, int]:
-    ordered = sorted(lengths)
-    return {name: ordered[round(q * (len(ordered) - 1))] for name, q in _QUANTILES.items()} if ordered else {}
-
-
-def _pictures(statistics: RowStatistics) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
-    axes[0].hist(statistics.lengths["prompt"], bins=40)
-    axes[0].set_title("prompt length, characters")
-    axes[1].hist(statistics.lengths["answer"], bins=40, log=True)
-    axes[1].set_title("answer length, characters")
-    axes[2].bar([str(k) for k in sorted(statistics.documents)], [v for _, v in sorted(statistics.documents.items())])
-    axes[2].set_title("documents in a prompt")
-    places = sorted(k for k in statistics.positions if k)
-    axes[3].bar([str(k) for k in places], [statistics.positions[k] for k in places])
-    axes[3].set_title("place of the golden document")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    plt.close(figure)
-    data = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="Histograms of lengths, documents and golden positions" src="data:image/png;base64,{data}">'
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_plain(v))}</td></tr>" for k, v in values.items())
-    return f"<table>{rows}</table>"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) or "none"
-    return str(value)
-
-
-def _sample(row: Row) -> str:
-    prompt, answer = html.escape(row["instruction"]), html.escape(row["output"])
-    title = html.escape(str(row.get("source", "")))
-    return (
-        f"<details><summary>{title} <mark>{answer}</mark></summary><pre>{prompt}<mark>{answer}</mark></pre></details>"
+def _numbers(numbers: Mapping[str, Any], statistics: Statistics) -> str:
+    facts = [
+        ("dataset hash", numbers["dataset"]),
+        ("tokens", f"{numbers['tokens']:,}"),
+        ("label share (tokens that are trained on)", f"{numbers['label_share']:.1%}"),
+        *((f"rows: {kind}", f"{count:,}") for kind, count in numbers["kinds"].items()),
+        *((name, f"{count:,}") for name, count in numbers["changes"].items()),
+    ]
+    if (quoted := numbers["answers_that_quote"]) is not None:
+        facts.append(("answers that quote their document", f"{quoted:.1%}"))
+    prompt, answer = statistics.lengths()
+    lengths = {"prompt": prompt, "answer": answer, "whole example": prompt + answer}
+    heads = "".join(f"<th>{name}</th>" for name in ["tokens of a", *quantiles(prompt)])
+    rows = "".join(
+        f"<tr><th>{name}</th>{''.join(f'<td>{value:,}</td>' for value in quantiles(values).values())}</tr>"
+        for name, values in lengths.items()
     )
+    return f"{_table(facts)}<table><tr>{heads}</tr>{rows}</table>"
+
+
+def _pictures(numbers: Mapping[str, Any], statistics: Statistics) -> str:
+    prompt, answer = statistics.lengths()
+    figure, axes = plt.subplots(2, 3, figsize=(14, 6.4), layout="constrained")
+    (lengths, answers, kinds), (documents, places, changes) = axes
+    lengths.hist(prompt + answer, bins=40)
+    lengths.set_title("tokens of an example")
+    answers.hist(answer, bins=np.geomspace(1, max(answer.max(initial=2), 2), 30))
+    answers.set_xscale("log")
+    answers.set_title("tokens of an answer")
+    _bars(kinds, "kinds of rows", numbers["kinds"])
+    _columns(documents, "documents in a prompt", numbers["documents_in_a_prompt"])
+    _columns(places, "number of the golden document", numbers["place_of_the_golden_document"])
+    _bars(changes, "dropped and changed", {**numbers["bad"], **numbers["dropped"], **numbers["changes"]})
+    picture = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # the browser's fonts have Chinese
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return re.sub(r"^.*?(?=<svg)", "", picture.getvalue(), count=1, flags=re.DOTALL)
+
+
+def _bars(axes: Any, title: str, counts: Mapping[str, int]) -> None:
+    shown = {name: count for name, count in counts.items() if count}
+    axes.barh([name if len(name) < 50 else f"{name[:47]}..." for name in shown], list(shown.values()))
+    axes.invert_yaxis()
+    axes.set_title(title)
+
+
+def _columns(axes: Any, title: str, counts: Mapping[str, int]) -> None:
+    axes.bar(list(counts), list(counts.values()))
+    axes.set_title(title)
+
+
+def _leaks(leaks: Mapping[str, int]) -> str:
+    wrong = [name for name, count in leaks.items() if count and name not in ("groups", "documents")]
+    verdict = f"&#10007; leaks: {', '.join(wrong)}" if wrong else "&#10003; nothing of the dev side is seen in training"
+    return f"<p><b>{verdict}</b></p>" + _table((name.replace("_", " "), f"{count:,}") for name, count in leaks.items())
+
+
+_SAMPLES_HINT = "<p>What the model is trained on is <mark>marked</mark>.</p>"
+
+
+def _sample(built: Built) -> str:
+    row = built.row
+    if "messages" in row:
+        turns = [(m["role"], m["content"], m["role"] == "assistant" and m.get("loss", True)) for m in row["messages"]]
+    else:
+        turns = [("user", row["instruction"], False), ("assistant", row["output"], True)]
+    text = "".join(f"<i>{role}</i>\n{_marked(content, learned)}\n" for role, content, learned in turns)
+    last = html.escape(turns[-1][1])
+    title = f"{built.kind}, {built.prompt_tokens} + {built.answer_tokens} tokens"
+    return f"<details><summary>{title} <mark>{last}</mark></summary><pre>{text}</pre></details>"
+
+
+def _marked(text: str, learned: bool) -> str:
+    return f"<mark>{html.escape(text)}</mark>" if learned else html.escape(text)
 
 
 def _bad_rows(bad: list[BadRow]) -> str:
     if not bad:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(f'{b.file}:{b.line}')}</td><td>{html.escape(b.reason)}</td>"
-        f"<td><code>{html.escape(b.raw[:80])}</code></td></tr>"
-        for b in bad[:50]
+        f"<tr><td>{html.escape(row.place)}</td><td>{html.escape(row.reason)}</td>"
+        f"<td><code>{html.escape(row.raw[:80])}</code></td></tr>"
+        for row in bad[:BAD_ROWS_SHOWN]
     )
-    return f"<h2>Bad rows ({len(bad)}, all in quarantine.jsonl)</h2><table>{rows}</table>"
+    return f"<p>{len(bad):,}, all in quarantine.jsonl</p><table>{rows}</table>"
+
+
+def _table(items: Iterable[tuple[str, Any]]) -> str:
+    rows = (f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>" for name, value in items)
+    return f"<table>{''.join(rows)}</table>"
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>prepare report</title><style>
-body { font: 15px/1.6 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; max-width: 1200px;
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>prepare report</title><style>
+body { font: 15px/1.6 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; max-width: 1200px;
   margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .2em .8em; border-bottom: 1px solid #ddd; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; } mark { background: #ffe58a; } img { max-width: 100%; }
-</style></head><body><h1>Prepared data</h1><p>Marked text is what the model is trained on.</p>
+table { border-collapse: collapse; margin: 1em 0; } tr > * { text-align: left; padding: .2em .8em;
+  border-bottom: 1px solid #ddd; font-weight: normal; vertical-align: top; } td { overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; } pre i { color: #777; }
+summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
+mark { background: #ffe58a; } svg { max-width: 100%; height: auto; }
+</style></head><body><h1>Prepared data</h1>
 BODY
 </body></html>
 """

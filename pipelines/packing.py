@@ -12,7 +12,9 @@ import numpy as np
 import ray
 
 from chatglm3 import example_ids, load_tokenizer
-from chatglm3.chat import PromptFormat, render
+from chatglm3.chat import IGNORED, PromptFormat, render
+from chatglm3.errors import ModelError
+from chatglm3.tokenizer import ChatGlmTokenizer
 from cluster import storage
 from cluster.config import Config
 from cluster.errors import StageError
@@ -128,27 +130,22 @@ def _encode_batch(batch: dict[str, np.ndarray], settings: dict[str, Any]) -> dic
 def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool], str]:
     """One JSON line as (ids, is_target, what is wrong with it)."""
     try:
-        row = json.loads(line)
-        instruction, output = row_question(row), row["output"]
-    except (ValueError, TypeError, KeyError) as error:
-        return [], [], f"no instruction row ({error!r})"
-    tokenizer = _tokenizer(config.tokenizer)
+        return *_encode(json.loads(line), _tokenizer(config.tokenizer), config), ""
+    except (ValueError, TypeError, KeyError, ModelError) as error:
+        return [], [], f"no training row ({error!r})"
+
+
+def _encode(row: dict[str, Any], tokenizer: ChatGlmTokenizer, config: PackingConfig) -> tuple[list[int], list[bool]]:
     if config.prompt_format == "bare":
-        ids, labels = example_ids(tokenizer, instruction, output, config.max_input_length, config.max_output_length)
-        return ids, [label != -100 for label in labels], ""
-    messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-    ids, targets = render(tokenizer, messages)
-    return ids, targets, ""
-
-
-def row_question(row: dict[str, Any]) -> str:
-    """What the model is asked in a row: its instruction and, after a newline, what else the row gives as `input`.
-
-    The predecessor's rows may have that column. Raises KeyError or TypeError for a row without such text.
-    """
-    instruction, more = row["instruction"], row.get("input") or ""
-    question = "\n".join((instruction, more))
-    return question if more.strip() else str(instruction)
+        if "messages" in row:
+            raise ValueError("a conversation has turns, which --prompt_format bare has not")
+        limits = config.max_input_length, config.max_output_length
+        ids, labels = example_ids(tokenizer, row["instruction"], row["output"], *limits)
+        return ids, [label != IGNORED for label in labels]
+    if "messages" in row:
+        return render(tokenizer, row["messages"], row.get("tools"))
+    pair = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+    return render(tokenizer, pair)
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)

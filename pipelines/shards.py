@@ -1,15 +1,21 @@
-"""Multi-Doc-QA shards (JSON Lines in `*.json` files) as checked samples; what is bad is named, never trained on."""
+"""Shards (JSON Lines files) as checked samples; what is bad is named, never trained on.
+
+Three kinds of rows are known: Multi-Doc-QA (`QA`, `positive_doc`, `negative_doc`), the predecessor's `instruction` and
+`output`, and ChatGLM3's official `conversations`.
+"""
 
 import json
-import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import StageError
+import orjson
 
-LONGEST_LINE = 64 << 20  # bytes; a row of 100 documents has about 1 MB
+from chatglm3.chat import Message
+from cluster.errors import StageError
+from pipelines.conversations import messages_of
+from pipelines.lines import LONGEST_LINE, RowError
+
 _NOT_TEXT = {
     b"\x1f\x8b": "a gzip file; unpack it",
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
@@ -21,16 +27,22 @@ _NOT_TEXT = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: a question, its answer, the document that holds it, and documents that do not."""
+    """A question, its answer, the document that holds it, and documents that do not."""
 
     question: str
     answer: str
     positive: str
     negatives: tuple[str, ...]
-    hard: frozenset[str]
+    hard: frozenset[str] = frozenset()
     """Those of `negatives` that the data marks as hard: similar to the positive document."""
-    source: str
-    """`shard.json:line`."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages to learn from as they are, with the tools that the assistant may call."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,111 +54,104 @@ class BadRow:
     reason: str
     raw: str
 
+    @property
+    def place(self) -> str:
+        """`file:line`, as errors name it."""
+        return f"{self.file}:{self.line}" if self.line else self.file
 
-def find_shards(folder: str) -> list[Path]:
-    """The `*.json` files directly in `folder`, sorted. Raises StageError when there are none."""
+
+def find_shards(folder: str, jsonl: bool = False) -> list[Path]:
+    """The `*.json` files (and `*.jsonl`, when asked) directly in `folder`, sorted. Raises StageError without any."""
+    suffixes = (".json", ".jsonl") if jsonl else (".json",)
     if not Path(folder).is_dir():
-        raise StageError(f"--raw {folder}: there is no such folder; it must hold Multi-Doc-QA shards named *.json")
-    shards = sorted(path for path in Path(folder).iterdir() if path.suffix == ".json" and path.is_file())
-    if not shards:
-        raise StageError(f"--raw {folder} holds no *.json file; shards are JSON Lines files whose names end in .json")
-    return shards
+        raise StageError(f"--raw {folder}: there is no such folder; it must hold shards named *.json")
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    if shards := [path for path in files if path.suffix in suffixes]:
+        return shards
+    hint = "; to read the *.jsonl files in it, add --jsonl" if any(path.suffix == ".jsonl" for path in files) else ""
+    raise StageError(f"--raw {folder} holds no *.json file; shards are JSON Lines files whose names end in .json{hint}")
 
 
-def read_shard(path: Path) -> Iterator[Sample | BadRow]:
-    """Every non-blank line of a shard, checked. Reads line by line, so memory does not depend on the file's size."""
+def unreadable(path: Path) -> str:
+    """What a file is that holds no lines of text at all; empty for one that may."""
     with path.open("rb") as file:
-        start = file.read(3)
-        for magic, what in _NOT_TEXT.items():
-            if start.lstrip().startswith(magic):
-                yield BadRow(path.name, 0, f"the file is {what}", "")
-                return
-        file.seek(3 if start == b"\xef\xbb\xbf" else 0)
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            if line.strip():
-                yield _read_line(path.name, number, line)
+        start = file.read(64).lstrip()
+    return next((f"the file is {what}" for magic, what in _NOT_TEXT.items() if start.startswith(magic)), "")
 
 
-def _read_line(file: str, number: int, line: bytes) -> Sample | BadRow:
+def parse_row(content: bytes | None) -> Sample | Conversation:
+    """One line, checked. Raises RowError that says what is wrong with it."""
+    row = _object(content)
+    if "conversations" in row or "instruction" in row:
+        return Conversation(*messages_of(row))
+    pair = _first(row, "QA")
+    positive = _text(_first(row, "positive_doc"), "text", "positive_doc[0]")
+    negatives, hard = _negatives(row)
+    return Sample(_text(pair, "question", "QA[0]"), _text(pair, "answer", "QA[0]"), positive, negatives, hard)
+
+
+def _object(content: bytes | None) -> dict[str, Any]:
+    if content is None:
+        raise RowError(f"the line is longer than {LONGEST_LINE >> 20} MiB")
     try:
-        return _sample(_parse(line), f"{file}:{number}")
-    except _Bad as bad:
-        return BadRow(file, number, str(bad), line[:200].decode("utf-8", "replace"))
-
-
-class _Bad(ValueError):
-    """Why a row is bad."""
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
-        raise _Bad(f"the line is longer than {LONGEST_LINE >> 20} MiB")
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Bad(f"not UTF-8: byte {line[error.start]:#04x} at position {error.start + 1}") from None
-    except RecursionError:
-        raise _Bad("nested too deeply") from None
-    except ValueError as error:
-        raise _Bad(f"not JSON: {error}") from None
+        row = orjson.loads(content)
+    except ValueError:  # the slower parser takes NaN in a field that nobody reads, and says more of what is wrong
+        row = _parse_slowly(content)
     if not isinstance(row, dict):
-        raise _Bad(f"a JSON {type(row).__name__}, not an object")
+        raise RowError(f"a JSON {type(row).__name__}, not an object")
     return row
 
 
-def _sample(row: dict[str, Any], source: str) -> Sample:
-    answers = _first(row, "QA")
-    positive = _text(_first(row, "positive_doc"), "text", "positive_doc[0]")
-    negatives, hard = _negatives(row, positive)
-    return Sample(
-        _text(answers, "question", "QA[0]"), _text(answers, "answer", "QA[0]"), positive, negatives, hard, source
-    )
+def _parse_slowly(content: bytes) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: byte {content[error.start]:#04x} at position {error.start + 1}") from None
+    except RecursionError:
+        raise RowError("nested too deeply") from None
+    except ValueError as error:
+        raise RowError(f"not JSON: {error}") from None
 
 
 def _first(row: dict[str, Any], field: str) -> dict[str, Any]:
     items = row.get(field)
     if not isinstance(items, list) or not items:
-        raise _Bad(f"{field} is not a non-empty list")
+        raise RowError(f"{field} is not a non-empty list")
     if not isinstance(items[0], dict):
-        raise _Bad(f"{field}[0] is not an object")
+        raise RowError(f"{field}[0] is not an object")
     return items[0]
 
 
 def _text(item: dict[str, Any], field: str, where: str) -> str:
     text = item.get(field)
     if not isinstance(text, str):
-        raise _Bad(f"{where}.{field} is missing or no text")
+        raise RowError(f"{where}.{field} is missing or no text")
     if not text.strip():
-        raise _Bad(f"{where}.{field} is empty")
+        raise RowError(f"{where}.{field} is empty")
     if _broken(text):
-        raise _Bad(f"{where}.{field} holds half of a surrogate pair")
+        raise RowError(f"{where}.{field} holds half of a surrogate pair")
     return text
 
 
-def _negatives(row: dict[str, Any], positive: str) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The usable negatives: whole texts, each once, none equal to the positive document."""
+def _negatives(row: dict[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Those negatives that are whole texts, in order, and which of them are marked as hard."""
     items = row.get("negative_doc") or []
     if not isinstance(items, list):
-        raise _Bad("negative_doc is not a list")
-    seen = {normal(positive)}
-    texts, hard = [], set()
+        raise RowError("negative_doc is not a list")
+    texts, hard = [], []
     for item in items:
         text = item.get("text") if isinstance(item, dict) else None
-        if not isinstance(text, str) or _broken(text) or not text.strip() or normal(text) in seen:
-            continue
-        seen.add(normal(text))
-        texts.append(text)
-        if item.get("hard") is True:
-            hard.add(text)
+        if isinstance(text, str) and text.strip() and not _broken(text):
+            texts.append(text)
+            if item.get("hard") is True:
+                hard.append(text)
     return tuple(texts), frozenset(hard)
 
 
-def normal(text: str) -> str:
-    """Text as it is compared: NFKC, no white space, lower case."""
-    return "".join(unicodedata.normalize("NFKC", text).split()).lower()
-
-
 def _broken(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    """Whether half of a surrogate pair is in it, which JSON's escapes can say and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

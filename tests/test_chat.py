@@ -97,6 +97,22 @@ def test_every_turn_of_the_assistant_is_a_target(tokenizer):
     assert [*ids, tokenizer.control_id("<|assistant|>")] == prompt_ids(tokenizer, conversation, tools=[WEATHER])
 
 
+def test_a_turn_without_loss_is_no_target_and_neither_is_the_token_that_ends_it(tokenizer):
+    conversation = [
+        message("user", "a"),
+        {**message("assistant", "b"), "loss": False},
+        message("user", "c"),
+        message("assistant", "d"),
+    ]
+    ids, is_target = render(tokenizer, conversation)
+    assert texts(tokenizer, ids, where=is_target) == ["▁", b"\n", "▁d", "</s>"]
+    everything, _ = render(tokenizer, [message("user", "a"), message("assistant", "b"), *conversation[2:]])
+    assert ids == everything
+    ids, is_target = render(tokenizer, conversation[:2])
+    assert ids[-1] == tokenizer.eos_id
+    assert not any(is_target)
+
+
 def test_training_examples_are_the_predecessors(shared, tokenizer):
     cases = json.loads((shared / "chatglm3/training_cases.json").read_text(encoding="utf-8"))
     assert len(cases) == 136

@@ -25,9 +25,9 @@ def model(shared: Path) -> Path:
     return shared / "chatglm3/ckpt/full-fp16-bin"
 
 
-def prepared(folder: Path, rows: list[dict[str, Any]], split: str = "dev") -> str:
+def prepared(folder: Path, rows: list[dict[str, Any]], split: str = "dev", **facts: str) -> str:
     """A data folder as prepare writes it, the rows in two files."""
-    with storage.publish(folder, storage.receipt_of("prepare", Config())) as partial:
+    with storage.publish(folder, storage.receipt_of("prepare", Config(), facts=facts)) as partial:
         (partial / split).mkdir()
         for number, part in enumerate((rows[:7], rows[7:])):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
@@ -40,19 +40,26 @@ def test_two_models_are_scored_on_the_same_rows_in_their_order(
 ):
     """Ten rows the model knows, with the numbers to tell them apart; two it cannot know; the base knows as much."""
     known = {"instruction": "你好", "output": f"{HELLO}[1]", "answer": HELLO, "golden": 1}
-    rows = [known | {"source": f"a.json:{number}"} for number in range(10)]
-    rows[3] = {"instruction": "你好", "output": REFUSAL, "answer": REFUSAL, "golden": None, "source": "a.json:3"}
-    rows[8] = {"instruction": "你好", "output": "你好👋", "source": "a.json:8"}
+    rows = [known | {"id": f"a.json:{number}"} for number in range(10)]
+    rows[3] = {"instruction": "你好", "output": REFUSAL, "answer": REFUSAL, "golden": None, "id": "a.json:3"}
+    rows[8] = {"instruction": "你好", "output": "你好👋", "id": "a.json:8"}
     data = prepared(tmp_path / "data", rows)
     tuned = merge(MergeConfig(base=str(model), out=str(tmp_path / "model")))
     capsys.readouterr()
     config = EvaluateConfig(
-        model=tuned, against="base", data=data, out=str(tmp_path / "scores"), max_tokens=24, workers=2, batch_size=2
+        model=tuned,
+        against="base",
+        data=data,
+        out=str(tmp_path / "scores"),
+        max_tokens=24,
+        workers=2,
+        batch_size=2,
+        use_gpu=False,
     )
     out = Path(evaluate(config))
 
     written = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["source"] for row in written] == [f"a.json:{number}" for number in range(10)]
+    assert [row["id"] for row in written] == [f"a.json:{number}" for number in range(10)]
     assert written[0]["model"] == {
         "prediction": HELLO, "exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "citation_accuracy": 0.0,
     }  # fmt: skip
@@ -94,6 +101,21 @@ def test_a_question_that_does_not_fit_gets_no_answer_and_a_damaged_model_ends_th
         evaluate(config.model_copy(update={"model": str(damaged), "out": str(tmp_path / "none")}))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_model_tuned_on_other_wording_than_the_datas_is_asked_with_a_warning(
+    ray_cluster: None, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = prepared(tmp_path / "data", [{"instruction": "你好", "output": HELLO}], prompt_digest="old wording")
+    base = merge(MergeConfig(base=str(model), out=str(tmp_path / "base")))
+    for wording in ("old wording", "new wording"):
+        folder = shutil.copytree(base, tmp_path / wording.split()[0])
+        receipt = json.loads((folder / "receipt.json").read_text())
+        receipt["facts"]["prompt_digest"] = wording
+        (folder / "receipt.json").write_text(json.dumps(receipt))
+        evaluate(EvaluateConfig(model=str(folder), data=data, out=str(tmp_path / "scores"), max_tokens=24))
+        wanted = f"warning: {folder} was tuned with another wording of the document prompt than that of --data {data};"
+        assert (wanted in capsys.readouterr().err) == (wording == "new wording")
 
 
 def test_a_limit_draws_the_same_rows_every_time_in_their_order(tmp_path: Path):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from chatglm3 import example_ids, load_tokenizer, prompt_ids
 from cluster.errors import StageError
 from pipelines.packing import PackingConfig, encode_row
 from pipelines.predecessor import translate_flags
+from pipelines.shards import Conversation, parse_row
 
 QLORA: dict[str, Any] = {
     "output_dir": "saved_files/chatglm3-6b_QLoRA",
@@ -162,24 +162,14 @@ def test_the_batch_size_is_said_to_count_all_workers(tmp_path: Path, capsys: pyt
     assert "--batch_size 32 (of all workers together; Hugging Face" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt_format", ["bare", "chat"])
-def test_a_rows_input_is_appended_to_its_instruction_after_a_newline_unless_blank(prompt_format: Any) -> None:
-    tokenizer = load_tokenizer("tiny")
-    config = PackingConfig(
-        tokenizer="tiny", prompt_format=prompt_format, block_tokens=64, max_input_length=32, max_output_length=8
-    )
+def test_a_rows_input_is_appended_to_its_instruction_after_a_newline_unless_blank() -> None:
+    def asked(**row: Any) -> str:
+        item = parse_row(json.dumps({"instruction": "翻译：", "output": "你好"} | row).encode())
+        assert isinstance(item, Conversation)
+        return str(item.messages[0]["content"])
 
-    def ids(**row: Any) -> list[int]:
-        found, _, wrong = encode_row(json.dumps({"instruction": "翻译：", "output": "你好"} | row), config)
-        assert not wrong
-        return found
-
-    if prompt_format == "bare":
-        assert ids(input=" hello\n") == example_ids(tokenizer, "翻译：\n hello\n", "你好", 32, 8)[0]
-    else:
-        prompt = prompt_ids(tokenizer, [{"role": "user", "content": "翻译：\n hello\n"}])
-        assert ids(input=" hello\n")[: len(prompt)] == prompt
-    assert ids() == ids(input="") == ids(input=None) == ids(input=" \n\t") != ids(input="hello")
+    assert asked(input=" hello\n") == "翻译：\n hello\n"
+    assert {asked(), asked(input=""), asked(input=None), asked(input=" \n\t")} == {"翻译："}
 
 
 @pytest.mark.parametrize("row", ['{"output": "x"}', '["x"]', '"x"', '{"instruction": 1, "output": "x"}', "{"])
@@ -187,4 +177,4 @@ def test_a_line_that_is_no_row_is_said_to_be_none(row: str) -> None:
     config = PackingConfig(
         tokenizer="tiny", prompt_format="chat", block_tokens=64, max_input_length=32, max_output_length=8
     )
-    assert encode_row(row, config)[2].startswith("no instruction row (")
+    assert encode_row(row, config)[2].startswith("no training row (")

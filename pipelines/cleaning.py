@@ -1,0 +1,108 @@
+"""Clean texts: Unicode NFC, personal data masked on request, distractors that would teach something wrong dropped."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+from pipelines.shards import Conversation, Sample
+
+PERSONAL_DATA = {
+    "e-mail addresses": ("[邮箱]", r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"),
+    "identity card numbers": (
+        "[身份证号]",
+        r"(?<![0-9A-Za-z])[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[0-9Xx](?![0-9A-Za-z])",
+    ),
+    "phone numbers": (
+        "[电话]",
+        r"(?<![0-9A-Za-z.])(?:(?:\+?86[- ]?)?1[3-9]\d(?:[- ]?\d{4}){2}|\(?0\d{2,3}\)?[- ]\d{7,8}|[48]00-\d{3}-?\d{4})"
+        r"(?![0-9A-Za-z])",
+    ),
+}
+"""Kind -> what stands in the text instead, and the form of it in mainland China."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A document that may stand in a prompt."""
+
+    text: str
+    plain: str
+    """The text as `plain_text` gives it."""
+    marked: bool
+    """Whether the data says that it is hard."""
+
+
+def plain_text(text: str) -> str:
+    """Text as it is compared: NFKC, no white space, lower case."""
+    return "".join(unicodedata.normalize("NFKC", text).split()).lower()
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+
+
+def clean_sample(sample: Sample, compose: bool, mask: bool, counts: Counter[str]) -> Sample:
+    """The sample with all its texts cleaned alike, so that an answer stays in its document."""
+
+    def clean(text: str) -> str:
+        return clean_text(text, compose, mask, counts)
+
+    return replace(
+        sample,
+        question=clean(sample.question),
+        answer=clean(sample.answer),
+        positive=clean(sample.positive),
+        negatives=tuple(map(clean, sample.negatives)),
+        hard=frozenset(clean_text(text, compose, mask, Counter()) for text in sample.hard),
+    )
+
+
+def clean_conversation(conversation: Conversation, mask: bool, counts: Counter[str]) -> Conversation:
+    """The conversation with what is said in it cleaned."""
+    messages = [
+        {**message, "content": clean_text(message["content"], True, mask, counts)} for message in conversation.messages
+    ]
+    return replace(conversation, messages=messages)
+
+
+def clean_text(text: str, compose: bool, mask: bool, counts: Counter[str]) -> str:
+    """The text in Unicode's NFC if `compose`, and with personal data masked if `mask`; what changed is counted."""
+    if compose and not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        counts["texts brought to NFC"] += 1
+    return mask_personal_data(text, counts) if mask else text
+
+
+def mask_personal_data(text: str, counts: Counter[str]) -> str:
+    """Text with a word in place of each of PERSONAL_DATA; what was found is counted."""
+    for kind, (word, pattern) in PERSONAL_DATA.items():
+        text, found = re.subn(pattern, word, text)
+        if found:
+            counts[f"masked: {kind}"] += found
+    return text
+
+
+def usable_distractors(sample: Sample, barred: Container[int], counts: Counter[str]) -> list[Candidate]:
+    """The negatives that may stand beside the positive document, each once, in order.
+
+    Dropped and counted are: copies of the positive document or of each other, those that hold the answer (they would
+    be golden too; answers of a single character are in every text), and those whose digest is `barred`.
+    """
+    answer, seen = plain_text(sample.answer), {plain_text(sample.positive)}
+    kept = []
+    for text in sample.negatives:
+        plain = plain_text(text)
+        if plain in seen:
+            counts["distractors dropped: copy of another document"] += 1
+        elif len(answer) > 1 and answer in plain:
+            counts["distractors dropped: hold the answer"] += 1
+        elif digest(plain) in barred:
+            counts["distractors dropped: documents of the dev side"] += 1
+        else:
+            kept.append(Candidate(text, plain, text in sample.hard))
+        seen.add(plain)
+    return kept

@@ -1,0 +1,94 @@
+"""Between the two passes: which good lines become rows, and on which side of the split."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipelines import groups
+from pipelines.row_files import SOURCE, Part, split_into_parts
+from pipelines.survey import Findings
+
+
+@dataclass
+class Plan:
+    """What the second pass writes."""
+
+    parts: list[Part]
+    order: np.ndarray
+    """Index into the findings' records of each sample, part by part."""
+    dev_documents: np.ndarray
+    """Digests of the documents in groups of the dev side: training must not see them."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    leaks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The settings that decide it; `prepare -h` explains each."""
+
+    near_copies: float
+    dev_share: float
+    replay_share: float
+    seed: int
+
+
+def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: int, choices: Choices) -> Plan:
+    """Drop copies, put each group of documents on one side, draw the replay. Every choice depends on content alone."""
+    records = found.records
+    shards = shard_of_piece[records["piece"]]
+    replay = shards >= first_replay_shard
+    copies = groups.exact_copies(records)
+    group = groups.group_documents(records, choices.near_copies)
+    near = np.zeros(len(records), bool)
+    if choices.near_copies < 1:
+        kept = np.flatnonzero(~copies)
+        near[kept] = groups.near_copies(records[kept], group[kept], [found.questions[i] for i in kept])
+    used = ~copies & ~near
+    is_dev = groups.on_dev_side(group, choices.dev_share, choices.seed) & ~replay
+    drawn = _draw(records["key"], used & replay, int((used & ~replay & ~is_dev).sum()), choices)
+    train, dev = used & ~is_dev & (~replay | drawn), used & is_dev
+    sources = np.zeros(len(records), SOURCE)
+    sources["shard"], sources["offset"], sources["key"] = shards, records["offset"], records["key"]
+    sources["has_triple"] = _first_of_its_kind(records)
+    indices = [mask[np.argsort(records["key"][mask], kind="stable")] for mask in map(np.flatnonzero, (train, dev))]
+    parts = [split_into_parts(side, sources[where]) for side, where in zip(("train", "dev"), indices, strict=True)]
+    dropped = Counter({"exact copies": int(copies.sum()), "near copies": int(near.sum())})
+    if replay.any():
+        dropped["replay not drawn"] = int((used & replay & ~drawn).sum())
+    has_document = records["document"] != 0
+    return Plan(
+        [part for side in parts for part in side],
+        np.concatenate(indices),
+        np.unique(records["document"][is_dev & has_document]),
+        dropped,
+        _leaks(records, group, train & has_document, dev & has_document),
+    )
+
+
+def _draw(keys: np.ndarray, candidates: np.ndarray, rows: int, choices: Choices) -> np.ndarray:
+    """Mask of as many candidates as make `replay_share` of all, or of all of them if there are fewer."""
+    wanted = round(rows * choices.replay_share / (1 - choices.replay_share))
+    where = np.flatnonzero(candidates)
+    drawn = np.zeros(len(keys), bool)
+    drawn[where[np.argsort(keys[where], kind="stable")[:wanted]]] = True  # keys are digests: their order is random
+    return drawn
+
+
+def _first_of_its_kind(records: np.ndarray) -> np.ndarray:
+    """Mask of one record for each pair of question and document."""
+    order = np.argsort(records["key"], kind="stable")
+    _, first = np.unique(records["pair"][order], return_index=True)
+    mask = np.zeros(len(records), bool)
+    mask[order[first]] = True
+    return mask
+
+
+def _leaks(records: np.ndarray, group: np.ndarray, train: np.ndarray, dev: np.ndarray) -> dict[str, int]:
+    """What stands on both sides; all but the questions must be 0."""
+    return {
+        "groups": len(np.unique(group[train | dev])),
+        "groups_on_both_sides": len(np.intersect1d(group[train], group[dev])),
+        "documents": len(np.unique(records["document"][train | dev])),
+        "documents_on_both_sides": len(np.intersect1d(records["document"][train], records["document"][dev])),
+    }

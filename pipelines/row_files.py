@@ -1,0 +1,104 @@
+"""Second pass over the shards: each output file is made by one task from the lines that belong to it."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from chatglm3 import load_tokenizer
+from pipelines.cleaning import clean_conversation, clean_sample
+from pipelines.data_statistics import Statistics
+from pipelines.lengths import Ruler
+from pipelines.lines import read_line
+from pipelines.recipe import Built, Kitchen, Recipe, Row, conversation_row, multidoc_rows, seed_row, triple
+from pipelines.shards import Conversation, parse_row
+
+ROWS_PER_FILE = 1000
+
+
+SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("has_triple", "?")])
+"""Where a row comes from: index of the shard, byte offset of the line, the sample's key."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One output file: the lines that become its rows, in order of their keys."""
+
+    side: str
+    number: int
+    sources: np.ndarray
+    """[rows] of SOURCE."""
+
+    @property
+    def name(self) -> str:
+        """The file's name below the data folder."""
+        return f"{self.side}/part-{self.number:05d}.jsonl"
+
+
+@dataclass(frozen=True)
+class Order:
+    """How all parts are written."""
+
+    folder: str
+    shards: list[str]
+    preset: str
+    tokenizer: str
+    mask_personal_data: bool
+    recipe: Recipe
+    dev_documents: np.ndarray
+    """Digests of the documents that training must not see."""
+    negatives: int
+    """How many a triple has at most; 0 for no triples."""
+
+
+def split_into_parts(side: str, sources: np.ndarray) -> list[Part]:
+    """Parts of ROWS_PER_FILE samples. Keys are digests, so their order is a shuffle that no shard's name can change."""
+    ordered = sources[np.argsort(sources["key"], kind="stable")]
+    starts = range(0, len(ordered), ROWS_PER_FILE)
+    return [Part(side, number, ordered[start : start + ROWS_PER_FILE]) for number, start in enumerate(starts)]
+
+
+def write_part(part: Part, order: Order) -> Statistics:
+    """Write the file of a part, and its triples if they are wanted; returns what the report needs."""
+    barred = frozenset(order.dev_documents.tolist()) if part.side == "train" else frozenset()
+    kitchen = Kitchen(order.recipe, _ruler(order.tokenizer), barred)
+    built: list[list[Built]] = [[] for _ in part.sources]
+    triples: list[Row | None] = [None for _ in part.sources]
+    for index in np.lexsort((part.sources["offset"], part.sources["shard"])):  # in the order of the disk
+        shard, offset, key, has_triple = part.sources[index].item()
+        with open(order.shards[shard], "rb") as file:
+            item = parse_row(read_line(file, offset))
+        if isinstance(item, Conversation):
+            item = clean_conversation(item, order.mask_personal_data, kitchen.counts)
+            built[index] = [conversation_row(item, key.decode(), kitchen)]
+            continue
+        item = clean_sample(item, order.preset != "seed", order.mask_personal_data, kitchen.counts)
+        is_seed = order.preset == "seed"
+        built[index] = [seed_row(item, kitchen)] if is_seed else multidoc_rows(item, key.decode(), kitchen)
+        if order.negatives and has_triple:
+            triples[index] = triple(item, order.negatives, kitchen)
+    rows = [each for group in built for each in group]
+    _write(Path(order.folder, part.name), [each.row for each in rows])
+    if order.negatives:
+        _write(Path(order.folder, "triples", part.name), [row for row in triples if row])
+    return Statistics.of(part.side, rows, kitchen)
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(one_line(row))
+
+
+def one_line(row: Row) -> str:
+    """A row as a line of JSON. Unicode's other line ends are escaped: many readers split there, Ray Data's too."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085") + "\n"
+
+
+@lru_cache(maxsize=1)
+def _ruler(tokenizer: str) -> Ruler:
+    return Ruler(load_tokenizer(tokenizer))
