@@ -20,10 +20,11 @@ from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
 from chatglm3.engines import DtypeName, EngineName, load_engine
 from chatglm3.errors import ModelError
-from chatglm3.folder import model_folder
+from chatglm3.folder import model_folder, read_json
 from chatglm3.tokenizer import load_tokenizer
 from chatglm3.weights import open_weights
-from cluster.storage import read_receipt
+from cluster.errors import StageError
+from cluster.storage import RECEIPT, read_receipt
 from serve_app.routes import make_api
 
 
@@ -65,19 +66,33 @@ def build(args: AppArgs) -> Application:
     """
     _refuse_taken_port()
     try:
-        folder = model_folder(args.model)
+        folder = _finished_folder(args.model)
         read_config(folder)
         open_weights(folder)
         load_tokenizer(folder)
-    except ModelError as error:
+    except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.
     located = args.model_copy(update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name})
-    # Without num_gpus a replica sees no GPU. A config file's own ray_actor_options take the place of these.
+    # Without num_gpus all replicas would take their node's first GPU. A config file's own ray_actor_options take the
+    # place of these.
     gpus = {"num_gpus": 1 if torch.cuda.is_available() else 0}
     server = ChatServer.options(ray_actor_options=gpus)  # type: ignore[attr-defined]  # Serve's decorator adds it
     application: Application = server.bind(located)
     return application
+
+
+def _finished_folder(model: str) -> Path:
+    """The model's folder. ModelError for an adapter, and where merge has not come to its end."""
+    folder = model_folder(model)
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{model} is an adapter, but a model is needed here; fold it into its base first: "
+            f"python -m pipelines merge --adapter {model} --out DIR"
+        )
+    if read_json(folder / "config.json").get("model_type") == "glm" and read_receipt(folder) is None:
+        raise ModelError(f"{model} has no {RECEIPT}: merge did not finish there; run it again")
+    return folder
 
 
 def _refuse_taken_port() -> None:

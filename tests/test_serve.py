@@ -26,6 +26,7 @@ from click import ClickException
 from ray.serve.schema import ServeDeploySchema
 
 from chatglm3 import load_model, load_tokenizer
+from cluster.storage import Receipt, publish
 from serve_app.app import AppArgs, build
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -43,8 +44,9 @@ def endless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load_model(tiny, dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[list(load_tokenizer(tiny).stop_ids)] = 0
-    model.save_pretrained(folder)
-    shutil.copy(tiny / "tokenizer.model", folder)
+    with publish(folder, Receipt("merge", {})) as partial:
+        model.save_pretrained(partial)
+        shutil.copy(tiny / "tokenizer.model", partial)
     return folder
 
 
@@ -220,6 +222,35 @@ def test_wrong_arguments_are_one_line_before_anything_starts(args, message, tmp_
     with pytest.raises(ClickException) as wrong:
         build(AppArgs(**args))
     assert message in wrong.value.message
+    assert "\n" not in wrong.value.message
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            "{folder} is an adapter, but a model is needed here; fold it into its base first: "
+            "python -m pipelines merge --adapter {folder} --out DIR",
+        ),
+        (
+            lambda folder: (folder / "receipt.json").unlink(),
+            "{folder} has no receipt.json: merge did not finish there; run it again",
+        ),
+        (
+            lambda folder: (folder / "receipt.json").write_text('{"sta'),
+            "{folder}/receipt.json is damaged (",
+        ),
+    ],
+    ids=["adapter", "unfinished", "damaged"],
+)
+def test_a_folder_that_merge_did_not_finish_is_one_line_before_anything_starts(make, message, endless, tmp_path):
+    folder = shutil.copytree(endless, tmp_path / "model")
+    build(AppArgs(model=str(folder)))
+    make(folder)
+    with pytest.raises(ClickException) as wrong:
+        build(AppArgs(model=str(folder)))
+    assert wrong.value.message.startswith(message.format(folder=folder))
     assert "\n" not in wrong.value.message
 
 
