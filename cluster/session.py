@@ -53,6 +53,11 @@ def _start_private_session(quiet: dict[str, Any]) -> None:
     ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
 
 
+def gpus_per_worker(use_gpu: bool | None) -> int:
+    """GPUs of a worker, 1 or 0: as asked or, unless asked, 1 where the cluster has GPUs now."""
+    return int(bool(ray.cluster_resources().get("GPU")) if use_gpu is None else use_gpu)  # type: ignore[no-untyped-call]
+
+
 def require(workers: int, cpus_each: float, gpus_each: float) -> None:
     """Raise StageError when the cluster as it stands, with no autoscaler to ask, cannot hold `workers`."""
     have = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -60,7 +65,7 @@ def require(workers: int, cpus_each: float, gpus_each: float) -> None:
         if workers * each > have.get(name, 0) and not _autoscales():
             raise StageError(
                 f"{workers} workers need {workers * each:g} {name}, the Ray cluster has {have.get(name, 0):g}; "
-                f"lower --workers or add nodes"
+                f"lower --workers or add nodes{', or give --use_gpu false' if name == 'GPU' else ''}"
             )
 
 

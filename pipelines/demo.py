@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from chatglm3.documents import parse_answer
 from chatglm3.tiny.knowledge import write_shards
@@ -40,6 +41,8 @@ RECIPE: dict[str, Any] = {
     "lora": {"dropout": 0.0},
 }
 console = Console(highlight=False)
+# The endpoint is on this machine: a proxy that the environment names must not be asked for it.
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class DemoConfig(Config):
@@ -60,7 +63,6 @@ class DemoConfig(Config):
 def demo(config: DemoConfig) -> str:
     """Go from shards to an HTTP answer and return the output folder."""
     started = time.monotonic()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on CPU everywhere: two workers would want two GPUs
     out = Path(config.out)
     port = _free_port(config.port)  # asked for now, because at the end it would be too late to say that it is taken
     _title("1. A knowledge base", "shards in the Multi-Doc-QA schema; the tiny model has seen none of these documents")
@@ -70,11 +72,11 @@ def demo(config: DemoConfig) -> str:
     _title("2. prepare", "check, split by document, build multi-document prompts with cited answers")
     data = prepare(PrepareConfig(raw=str(out / "raw"), out=str(out / "data"), distractors=3, dev_share=0.12))
     _title("3. train", f"QLoRA on {config.workers} Ray workers")
-    adapter = train(TrainConfig(data=data, out=str(out / "adapter"), workers=config.workers, **RECIPE))
+    adapter = train(TrainConfig(data=data, out=str(out / "adapter"), workers=config.workers, use_gpu=False, **RECIPE))
     _title("4. merge", "fold the adapter into the 16-bit base")
     model = merge(MergeConfig(adapter=adapter, out=str(out / "model")))
     _title("5. evaluate", "unseen documents: the tuned model beside its base")
-    evaluate(EvaluateConfig(model=model, data=data, out=str(out / "evaluation"), against="base"))
+    evaluate(EvaluateConfig(model=model, data=data, out=str(out / "evaluation"), against="base", use_gpu=False))
     ray.shutdown()
     _title("6. serve", "the same model behind an OpenAI-compatible endpoint")
     _serve_and_ask(out, port, config.stay)
@@ -107,8 +109,9 @@ def _endpoint(file: Path, log: Path, port: int) -> Iterator[str]:
     """`serve run FILE` as a process of its own, up and healthy; stopped at the end."""
     command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
     url = f"http://127.0.0.1:{port}"
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, env=on_cpu, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait_until_healthy(url, process, log)
         yield url
@@ -125,11 +128,14 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
     with console.status("starting the endpoint"):
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                with urllib.request.urlopen(f"{url}/healthz", timeout=5):
+                with direct.open(f"{url}/healthz", timeout=5):
                     return
             except OSError:
                 time.sleep(0.5)
-    raise StageError(f"the endpoint did not start within {START_TIMEOUT_S} s; its log is {log}")
+    code = process.poll()
+    how = f"did not start within {START_TIMEOUT_S} s" if code is None else f"ended with exit code {code}"
+    lines = [line for line in Text.from_ansi(log.read_text(errors="replace")).plain.splitlines() if line.strip()]
+    raise StageError(f"the endpoint {how}; its log {log} ends with: {lines[-1].strip() if lines else '(nothing)'}")
 
 
 def _unseen_question(data: Path) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def _stream(url: str, prompt: str) -> Iterator[str]:
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with direct.open(request, timeout=60) as response:
             for line in response:
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                     yield json.loads(line[6:])["choices"][0]["delta"].get("content") or ""

@@ -19,8 +19,10 @@ from cluster.errors import StageError
 from cluster.progress import track
 from pipelines import metrics
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
-from pipelines.packing import row_question
 from pipelines.score_report import Result, Row, draw_scores, gold_answer, print_scores, write_rows, write_scores
+
+# To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
+WITHOUT_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
 class EvaluateConfig(Config):
@@ -44,7 +46,9 @@ class EvaluateConfig(Config):
     max_tokens: int = Field(256, ge=1)
     """Longest answer in tokens."""
     workers: int = Field(1, ge=1)
-    """Copies of the model that answer at the same time, each on a GPU of its own where the cluster has GPUs."""
+    """Copies of the model that answer at the same time."""
+    use_gpu: bool | None = None
+    """Give each copy a GPU; unless given, whether the cluster has GPUs now (nodes scaled to zero do not count)."""
     batch_size: int = Field(32, ge=1)
     """Questions that one copy answers at a time."""
 
@@ -54,6 +58,8 @@ def evaluate(config: EvaluateConfig) -> str:
     storage.check_output(config.out, "evaluate")
     models = open_models(config)
     data = storage.open_folder(config.data, "prepare")
+    for model in models.values():
+        warn_of_other_wording(model, data.receipt.facts.get("prompt_digest", ""), f"that of --data {config.data}")
     rows = read_rows(config)
     inputs = {str(data.path): data.digest} | {str(model.path): folder_digest(model.path) for model in models.values()}
     receipt = storage.receipt_of("evaluate", config, inputs=inputs, counts={"rows": len(rows)})
@@ -78,8 +84,6 @@ def open_models(config: EvaluateConfig) -> dict[str, ModelFolder]:
         )
     models = {"against": open_model(against, "--against")} if against else {}
     models["model"] = model
-    for each in models.values():
-        warn_of_other_wording(each)
     return models
 
 
@@ -89,7 +93,8 @@ def read_rows(config: EvaluateConfig) -> list[Row]:
     rows: list[Row] = []
     for path in sorted(folder.glob("*.jsonl")):
         with path.open(encoding="utf-8") as file:
-            rows += map(json.loads, file)
+            # A conversation has no one question with a right answer; its loss is measured in training.
+            rows += (row for row in map(json.loads, file) if "instruction" in row)
     if not rows:
         raise StageError(f"--data {config.data} has no {config.split} rows; prepare again with a larger --dev_share")
     if 0 < config.limit < len(rows):
@@ -99,9 +104,9 @@ def read_rows(config: EvaluateConfig) -> list[Row]:
 
 def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str]:
     """The model's reply to each row's instruction, in order, from an actor pool of `config.workers` engines."""
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.workers, 1, gpus)
-    questions = [{"row": index, "instruction": row_question(row)} for index, row in enumerate(rows)]
+    questions = [{"row": index, "instruction": row["instruction"]} for index, row in enumerate(rows)]
     answers = ray.data.from_items(questions).map_batches(
         Answerer,
         fn_constructor_kwargs={
@@ -113,7 +118,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str
         batch_size=config.batch_size,
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         # Restarting for ever, Ray Data's default, would hide a model that kills its process.
-        ray_remote_args_fn=lambda: {"max_restarts": 0},
+        ray_remote_args_fn=lambda: {"max_restarts": 0} | ({} if gpus else WITHOUT_GPU),
         num_gpus=gpus,
     )
     try:

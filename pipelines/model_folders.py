@@ -97,11 +97,15 @@ def folder_digest(path: Path) -> str:
     return storage.file_digest(next(path / name for name in names if (path / name).is_file()))
 
 
-def warn_of_other_wording(model: ModelFolder) -> None:
-    """Say so on stderr if the model was tuned on document prompts that are worded otherwise than today's."""
-    if model.facts.get("prompt_digest", format_digest()) != format_digest():
+def warn_of_other_wording(model: ModelFolder, digest: str = "", whose: str = "this version's") -> None:
+    """Say so on stderr if the model was tuned on document prompts that are worded otherwise than it will be asked.
+
+    `digest` is that of the questions' wording, if they were written before; `whose` says whose it is.
+    """
+    asked = digest or format_digest()
+    if model.facts.get("prompt_digest", asked) != asked:
         print(
-            f"warning: {model.name} was tuned with another wording of the document prompt than this version's; "
+            f"warning: {model.name} was tuned with another wording of the document prompt than {whose}; "
             f"expect worse answers until it is tuned again",
             file=sys.stderr,
         )

@@ -21,7 +21,9 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         # Steps after the checkpoint are computed again: the curve must hold each step once.
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        rewritten.replace(path)  # a worker killed in between must not leave a curve that has lost its beginning
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

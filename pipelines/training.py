@@ -4,14 +4,16 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ray.train
 from pydantic import Field
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from chatglm3 import ModelError
 from chatglm3.chat import PromptFormat
 from cluster import session, storage
 from cluster.config import Config
@@ -88,7 +90,9 @@ class TrainConfig(Config):
     max_output_length: int = Field(512, ge=2)
     """Answer ids that are kept (bare format only)."""
     workers: int = Field(1, ge=1)
-    """Worker processes, one per GPU where the cluster has GPUs. The loss curve does not depend on it."""
+    """Worker processes. The loss curve does not depend on it."""
+    use_gpu: bool | None = None
+    """Give each worker a GPU; unless given, whether the cluster has GPUs now (nodes scaled to zero do not count)."""
     max_failures: int = Field(3, ge=0)
     """How often dead workers are replaced."""
     seed: int = 42
@@ -97,6 +101,7 @@ class TrainConfig(Config):
 
 def train(config: TrainConfig) -> str:
     """Fine-tune an adapter and return its folder."""
+    started = time.monotonic()
     data = storage.open_folder(config.data, "prepare")
     base = open_model(config.base, "--base")
     if "quantization_config" in base.config:
@@ -108,7 +113,7 @@ def train(config: TrainConfig) -> str:
         print(f"train: {config.out} is finished already with this data and these settings; nothing to do")
         return config.out
     session.connect()
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.workers, 1, gpus)
     run = Path(f"{Path(config.out)}.run").resolve()
     plan = make_plan(config, base.location, data, run / f"run-{digest[:16]}")
@@ -129,6 +134,7 @@ def train(config: TrainConfig) -> str:
         for name in ("metrics.jsonl", "tensorboard"):
             _copy(Path(plan.folder) / name, folder / name)
         receipt.counts.update(steps=plan.steps, **draw_losses(folder / "metrics.jsonl", folder / "loss.png"))
+        receipt.seconds = round(time.monotonic() - started, 1)
     print(f"train: {plan.steps} steps, loss curve in {config.out}/loss.png; next: merge --adapter {config.out}")
     return config.out
 
@@ -175,6 +181,7 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
             storage_path=str(folder.parent),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            callbacks=[LastingErrors()],
         ),
     )
     try:
@@ -183,9 +190,25 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
     except SystemExit:  # Ray Train's own answer to Ctrl-C, after it has ended the workers
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
+        if isinstance(lasting := getattr(error, "controller_failure", None), StageError):
+            raise lasting from error
         raise StageError(
             f"training failed: {_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
+
+
+class LastingErrors(ray.train.UserCallback):
+    """Ends the run at an error that new workers would only meet again; Ray Train tries again after every error."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise StageError, which ends the run, if all of the workers' errors are such."""
+        errors = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
+        if not all(isinstance(error, (StageError, ModelError, FloatingPointError, ValueError)) for error in errors):
+            return
+        error, remedy = errors[0], "mend that, and the same command goes on from the last checkpoint"
+        if isinstance(error, FloatingPointError):
+            remedy = "lower --learning_rate, or look at these rows"
+        raise StageError(f"training failed: {' '.join(str(error).split())}; {remedy}")
 
 
 def _share(gpus: int) -> dict[str, float]:
@@ -202,7 +225,7 @@ def _cause(error: BaseException) -> str:
 def _digest(config: TrainConfig, base_digest: str, data: storage.Folder) -> str:
     """Identity of the loss curve: data and settings, but not where it is written or on how many workers."""
     settings = config.model_dump(
-        exclude={"out", "data", "base", "workers", "max_failures", "keep_checkpoints", "save_steps"}
+        exclude={"out", "data", "base", "workers", "use_gpu", "max_failures", "keep_checkpoints", "save_steps"}
     )
     text = json.dumps([settings, base_digest, data.receipt.facts["dataset"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

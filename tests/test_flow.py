@@ -49,7 +49,9 @@ def test_the_same_commands_take_real_shards_through_the_official_layout(shared: 
     printed = pipelines("prepare", "--raw", str(tmp_path / "multidoc"), "--out", data, "--tokenizer", base)
     assert "2911 training and 334 dev rows, 0 bad, 0 duplicates" in printed
     learning = ["--max_steps", "20", "--batch_size", "2", "--learning_rate", "1e-6", "--block_tokens", "4096"]
-    pipelines("train", "--data", data, "--base", base, "--out", adapter, "--workers", "2", *learning)
+    pipelines(
+        "train", "--data", data, "--base", base, "--out", adapter, "--workers", "2", "--use_gpu", "false", *learning
+    )
     assert len(Path(adapter, "metrics.jsonl").read_text().splitlines()) == 20
     models = {weight_format: str(tmp_path / weight_format) for weight_format in ("nf4", "int8", "bf16")}
     for weight_format, model in models.items():

@@ -74,7 +74,7 @@ def test_the_stages_run_as_ray_jobs(environment: dict[str, str], tmp_path: Path)
     write_shards(tmp_path / "raw", "demo", 60, seed=3)
     stages = (
         f"prepare --raw {tmp_path}/raw --out {tmp_path}/data",
-        f"train --data {tmp_path}/data --out {tmp_path}/adapter --max_steps 2 --workers 2",
+        f"train --data {tmp_path}/data --out {tmp_path}/adapter --max_steps 2 --workers 2 --use_gpu false",
         f"merge --adapter {tmp_path}/adapter --out {tmp_path}/model --format nf4",
         f"evaluate --model {tmp_path}/model --data {tmp_path}/data --out {tmp_path}/evaluation",
         f"predict --model {tmp_path}/model 你好",

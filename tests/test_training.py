@@ -11,12 +11,15 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from safetensors.torch import load_file
 
 from chatglm3.tiny.knowledge import write_shards
+from cluster import session
 from cluster.errors import StageError
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
+from pipelines.progress import MetricsLog, read_metrics
 from pipelines.training import TrainConfig, train
 
 pytestmark = pytest.mark.slow
@@ -26,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 2,
     "batch_size": 8,
     "block_tokens": 1024,
+    "use_gpu": False,
 }
 
 
@@ -43,6 +47,7 @@ def curve(adapter: str | Path) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> str:
+    """An adapter trained by one worker, on CPU as all of these: curves are compared, and two would want two GPUs."""
     return train(TrainConfig(data=data, out=str(tmp_path_factory.mktemp("one") / "adapter"), **SETTINGS))
 
 
@@ -51,7 +56,9 @@ def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage
 ) -> None:
     names = {path.name for path in Path(undisturbed).iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "loss.png", "tensorboard", "receipt.json"}
-    facts = json.loads(Path(undisturbed, "receipt.json").read_text())["facts"]
+    receipt = json.loads(Path(undisturbed, "receipt.json").read_text())
+    facts = receipt["facts"]
+    assert receipt["seconds"] > 5  # of the whole stage, not of copying its results
     assert (facts["base"], facts["prompt_format"], facts["preset"]) == ("tiny", "chat", "multidoc")
     assert facts["base_digest"] == open_model("tiny", "--base").weights_digest
     assert any(
@@ -128,3 +135,38 @@ def test_a_row_longer_than_a_block_and_too_many_workers_are_refused_by_name(
     with pytest.raises(StageError, match=r"1000 workers need 1000 CPU, the Ray cluster has \d+; lower --workers"):
         train(TrainConfig(data=data, out=str(tmp_path / "a"), workers=1000, **SETTINGS))
     assert not (tmp_path / "a").exists()
+
+
+def test_gpus_are_asked_for_as_told_and_one_that_is_not_there_is_refused(
+    data: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    assert [session.gpus_per_worker(asked) for asked in (True, False)] == [1, 0]
+    assert session.gpus_per_worker(None) == int("GPU" in ray.cluster_resources())
+    settings = {**SETTINGS, "use_gpu": True}
+    with pytest.raises(StageError, match=r"1000 GPU, the Ray cluster has \d+; lower .* or give --use_gpu false"):
+        session.require(1000, 0, 1)
+    if "GPU" not in ray.cluster_resources():
+        with pytest.raises(StageError, match="1 workers need 1 GPU, the Ray cluster has 0"):
+            train(TrainConfig(data=data, out=str(tmp_path / "a"), **settings))
+
+
+def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(
+    data: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    """Left to Ray Train, it would be met max_failures times more, and the message would say to go on."""
+    with pytest.raises(StageError, match=r"training failed: loss .* at step \d+, rows .*; lower --learning_rate") as e:
+        train(TrainConfig(data=data, out=str(tmp_path / "a"), **{**SETTINGS, "learning_rate": 1e30}))
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"ste')
+    command = "import os, pathlib, sys; from pipelines.progress import MetricsLog; "
+    command += "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1]), 1)"
+    killed = subprocess.run([sys.executable, "-c", command, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    log = MetricsLog(tmp_path, 1)
+    log.write({"step": 2, "loss": 1.5})
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5]
