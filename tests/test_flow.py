@@ -47,7 +47,7 @@ def test_the_same_commands_take_real_shards_through_the_official_layout(shared: 
     base = str(shared / "chatglm3/ckpt/full-fp16-bin")
     data, adapter = str(tmp_path / "data"), str(tmp_path / "adapter")
     printed = pipelines("prepare", "--raw", str(tmp_path / "multidoc"), "--out", data, "--tokenizer", base)
-    assert "2911 training and 334 dev rows, 0 bad, 0 duplicates" in printed
+    assert "3061 training and 353 dev rows, 0 bad, 0 exact and 0 near copies dropped" in printed
     learning = ["--max_steps", "20", "--batch_size", "2", "--learning_rate", "1e-6", "--block_tokens", "4096"]
     pipelines(
         "train", "--data", data, "--base", base, "--out", adapter, "--workers", "2", "--use_gpu", "false", *learning
