@@ -2,52 +2,70 @@
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from transformers import GlmForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatglm3 import load_model
+from chatglm3 import ModelError, load_model
 from chatglm3.quantization import NF4
-from pipelines.blocks import Block
+from pipelines import packed_attention
+from pipelines.batches import PackedBatch
+from pipelines.cross_entropy import summed_cross_entropy
+from pipelines.fp8_linear import to_fp8
 
-BaseFormat = Literal["nf4", "bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """One block on a device: input_ids and position_ids [1, tokens], boundaries [examples + 1], answer places."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    boundaries: Tensor
-    longest: int
-    predictors: Tensor
-    """Indices of the tokens that predict a target, [targets]."""
-    targets: Tensor
-    """The ids they are to predict, [targets]."""
+BaseFormat = Literal["nf4", "fp8", "bf16", "fp32"]
 
 
 def trainable_model(base: str, base_format: BaseFormat, lora: LoraConfig, device: torch.device) -> PeftModel:
-    """The frozen base in `base_format` with fresh LoRA adapters in fp32, ready for `answer_loss`."""
+    """The frozen base in `base_format` with fresh LoRA adapters in fp32, ready for `answer_loss`.
+
+    ModelError if the GPU cannot multiply in that format.
+    """
+    if base_format == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ModelError(f"base_format fp8: {torch.cuda.get_device_name(device)} has no 8-bit floats; use nf4 or bf16")
     model = load_model(
         base,
         dtype=torch.float32 if base_format == "fp32" else torch.bfloat16,
         quantization_config=NF4 if base_format == "nf4" else None,
         device_map={"": device},
     )
-    model.set_attn_implementation("packed")
+    return with_adapters(model, base_format, lora)
+
+
+def with_adapters(model: GlmForCausalLM, base_format: BaseFormat, lora: LoraConfig) -> PeftModel:
+    """`trainable_model` of a base that is loaded already: in NF4 for `nf4`, in 16 or 32 bits for the others."""
+    model.set_attn_implementation(packed_attention.NAME)
     model.requires_grad_(False)
     adapted = get_peft_model(model, lora)
+    if base_format == "fp8":
+        to_fp8(model.model)  # after PEFT, which wraps only layers that it knows
+    if _casts_adapters(model):
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = False  # or PEFT raises their input to fp32
+                for name in layer.lora_A.keys() - layer.lora_variant.keys():
+                    layer.lora_variant[name] = _ScaledEarly()
     adapted.train()
     return adapted
+
+
+class _ScaledEarly(LoraVariant):  # type: ignore[misc]
+    """PEFT's LoRA with its scale before the second product, where there are `rank` numbers a token, not thousands.
+
+    Behind it, the backward pass would write a scaled copy of the whole output's gradient.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        low_rank = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        added: Tensor = module.lora_B[active_adapter](low_rank * module.scaling[active_adapter])
+        return result + added
 
 
 def recompute_layers(model: PeftModel) -> None:
@@ -56,65 +74,38 @@ def recompute_layers(model: PeftModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def to_batch(block: Block, device: torch.device) -> PackedBatch:
-    """A block as tensors on `device`."""
-    lengths = torch.tensor(block.lengths)
-    # A target is predicted by the token before it; an example's first token is never a target.
-    targets = torch.from_numpy(block.is_target.copy()).nonzero().flatten()
-    ids = torch.from_numpy(block.input_ids.astype("int64"))
-    return PackedBatch(
-        input_ids=ids[None].to(device),
-        position_ids=torch.cat([torch.arange(n) for n in block.lengths])[None].to(device),
-        boundaries=F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32),
-        longest=max(block.lengths),
-        predictors=(targets - 1).to(device),
-        targets=ids[targets].to(device),
-    )
+def compile_layers(model: PeftModel) -> None:
+    """Compile each decoder layer, which takes half a minute once; batches must be padded (`batches.Padding`)."""
+    for layer in model.get_base_model().model.layers:
+        layer.compile(dynamic=False)
 
 
 def answer_loss(model: PeftModel, batch: PackedBatch) -> Tensor:
     """Sum of the cross-entropy over the block's answer tokens, in fp32; logits exist at those tokens only."""
     glm: GlmForCausalLM = model.get_base_model()
-    hidden = glm.model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        boundaries=batch.boundaries,
-        longest=batch.longest,
-    ).last_hidden_state[0]
-    return F.cross_entropy(glm.lm_head(hidden[batch.predictors]).float(), batch.targets, reduction="sum")
+    with _adapters_in_base_dtype(glm):
+        hidden = glm.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            boundaries=batch.boundaries,
+            longest=batch.longest,
+        ).last_hidden_state[0]
+    return summed_cross_entropy(hidden.index_select(0, batch.predictors), glm.lm_head.weight, batch.targets)
 
 
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Causal attention within each packed example; registered with transformers as `packed`.
+def _adapters_in_base_dtype(glm: GlmForCausalLM) -> AbstractContextManager[object]:
+    """On a GPU, a 16-bit base gets 16-bit adapters, cast from the fp32 ones at each use.
 
-    query [1, heads, tokens, dim], key and value [1, groups, tokens, dim] -> [1, tokens, heads, dim].
+    So gradients, the optimizer and checkpoints see fp32 adapters, and no copies need be kept in step. In fp32 the
+    adapters' products would take longer than the base's.
     """
-    boundaries: Tensor = kwargs["boundaries"]
-    scale: float = kwargs["scaling"]
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        longest: int = kwargs["longest"]
-        output = varlen_attn(
-            *flat, boundaries, boundaries, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
-        )
-        return output[None], None
-    repeat = query.shape[1] // key.shape[1]  # the CPU's flash kernel knows no groups
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    pieces = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, scale=scale
-        )
-        for start, end in pairwise(boundaries.tolist())
-    ]
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+    return torch.autocast("cuda", torch.bfloat16, enabled=_casts_adapters(glm))
 
 
-ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
+def _casts_adapters(glm: GlmForCausalLM) -> bool:
+    embeddings = glm.model.embed_tokens.weight
+    return embeddings.is_cuda and embeddings.dtype == torch.bfloat16
 
 
 def sum_over_workers(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
@@ -134,17 +125,16 @@ def sum_over_workers(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
     return flat[0]
 
 
-def run_blocks(model: PeftModel, blocks: Iterable[Block], target_count: int, seed: str) -> Tensor:
-    """Forward and backward of this worker's blocks; returns its share of the mean loss.
+def run_batches(model: PeftModel, batches: Iterable[PackedBatch], target_count: int, seed: str) -> Tensor:
+    """Forward and backward of this worker's batches; returns its share of the mean loss, without waiting for the GPU.
 
     The loss is divided by `target_count`, the answer tokens of the whole global step, so that gradients add up to
     those of one big batch. Dropout is seeded by `seed` and the block: the same on any worker.
     """
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
-    for block in blocks:
-        torch.manual_seed(zlib.crc32(f"{seed}:{block.rows[0]}".encode()))
-        loss = answer_loss(model, to_batch(block, device)) / target_count
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for batch in batches:
+        torch.manual_seed(zlib.crc32(f"{seed}:{batch.rows[0]}".encode()))
+        loss = answer_loss(model, batch) / target_count
         loss.backward()
         total += loss.detach()
     return total

@@ -3,6 +3,8 @@
 import math
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +16,17 @@ from ray.train.torch import get_device
 from safetensors.torch import load_file
 
 from cluster.config import Config
+from pipelines.batches import PackedBatch, Padding, batches_ahead
 from pipelines.block_files import BlockFile
-from pipelines.blocks import Block, BlockOrder
+from pipelines.blocks import BlockOrder
 from pipelines.progress import MetricsLog
 from pipelines.step import (
     BaseFormat,
     answer_loss,
+    compile_layers,
     recompute_layers,
-    run_blocks,
+    run_batches,
     sum_over_workers,
-    to_batch,
     trainable_model,
 )
 
@@ -35,6 +38,9 @@ class TrainingPlan(Config):
     base_format: BaseFormat
     lora: dict[str, Any]
     recompute: bool
+    compiled: bool = True
+    """Whether a GPU's decoder layers are compiled, which takes half a minute and a C compiler."""
+    block_tokens: int
     learning_rate: float
     schedule: Literal["linear", "cosine", "constant"]
     warmup_ratio: float
@@ -91,10 +97,22 @@ class Training:
         self.model: PeftModel = trainable_model(plan.base, plan.base_format, _lora_config(plan.lora), device)
         if plan.recompute:
             recompute_layers(self.model)
+        on_gpu = device.type == "cuda"
+        if on_gpu and plan.compiled:
+            compile_layers(self.model)
+        self.padding = Padding(plan.block_tokens) if on_gpu else None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=on_gpu
+        )
         self.train_blocks, self.dev_blocks = BlockFile(plan.train_blocks), BlockFile(plan.dev_blocks)
         self.order = BlockOrder(len(self.train_blocks), plan.blocks_per_step, plan.seed)
+        self.batches = self._batches_from(0)
+
+    def _batches_from(self, step: int) -> Iterator[PackedBatch]:
+        """This worker's batches of `step` and all after it: the first of a step is under way before the step begins."""
+        indices = (i for later in range(step, self.plan.steps) for i in self.order.share(later, self.rank, self.world))
+        return batches_ahead((self.train_blocks[i] for i in indices), self.device, self.padding)
 
     def advance(self) -> dict[str, float]:
         """One optimizer step over all workers; returns its metrics. Raises FloatingPointError for a loss of NaN."""
@@ -102,14 +120,14 @@ class Training:
         rate = learning_rate(self.plan, self.step)
         targets = int(self.train_blocks.target_counts[self.order.step(self.step)].sum())
         share = self.order.share(self.step, self.rank, self.world)
-        blocks = [self.train_blocks[index] for index in share]
-        loss = run_blocks(self.model, blocks, max(targets, 1), f"{self.plan.seed}:{self.step}")
+        batches = islice(self.batches, len(share))
+        loss = run_batches(self.model, batches, max(targets, 1), f"{self.plan.seed}:{self.step}")
         loss = sum_over_workers(self.parameters, loss)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
-        if not (math.isfinite(value := loss.item()) and math.isfinite(norm.item())):
-            raise FloatingPointError(
-                f"loss {value}, gradient norm {norm.item()} at step {self.step + 1}, rows {_rows(blocks)}"
-            )
+        value, norm_value = torch.stack([loss, norm]).tolist()  # the only time in a step that a GPU is waited for
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            rows = ", ".join(row for index in share for row in self.train_blocks[index].rows[:20])
+            raise FloatingPointError(f"loss {value}, gradient norm {norm_value} at step {self.step + 1}, rows {rows}")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -120,7 +138,7 @@ class Training:
             "epoch": self.step / self.order.steps_per_epoch,
             "loss": value,
             "learning_rate": rate,
-            "grad_norm": norm.item(),
+            "grad_norm": norm_value,
             "answer_tokens": targets,
             "seconds": time.monotonic() - started,
         }
@@ -133,8 +151,9 @@ class Training:
             return {}
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        for index in range(self.rank, len(self.dev_blocks), self.world):
-            total += answer_loss(self.model, to_batch(self.dev_blocks[index], self.device))
+        blocks = (self.dev_blocks[index] for index in range(self.rank, len(self.dev_blocks), self.world))
+        for batch in batches_ahead(blocks, self.device, self.padding):
+            total += answer_loss(self.model, batch)
         self.model.train()
         return {"dev_loss": sum_over_workers([], total).item() / targets}
 
@@ -150,6 +169,7 @@ class Training:
         state = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        self.batches = self._batches_from(self.step)
 
 
 def learning_rate(plan: TrainingPlan, step: int) -> float:
@@ -170,7 +190,3 @@ def _lora_config(lora: dict[str, Any]) -> LoraConfig:
         target_modules=lora["targets"],
         task_type="CAUSAL_LM",
     )
-
-
-def _rows(blocks: list[Block]) -> str:
-    return ", ".join(row for block in blocks for row in block.rows[:20])

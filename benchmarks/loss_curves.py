@@ -1,0 +1,149 @@
+"""The loss of fine-tuning one base in several formats, on the same blocks in the same order, and the final scores.
+
+    python -m benchmarks.loss_curves                                  # the tiny model, nf4, fp8, bf16, fp32
+    python -m benchmarks.loss_curves --base DIR --steps 400 nf4 fp8 bf16
+
+A format followed by `-16bit`, as in `bf16-16bit`, has adapters and optimizer in bfloat16 too; the others have adapters
+in fp32, which are cast at each use. Questions are those of the tiny model's demo world, which it was not trained on;
+the last eighth is held out. Needs a GPU.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+
+from chatglm3.chat import render
+from chatglm3.tiny.exam import demo_lessons, exact_match
+from chatglm3.tiny.lessons import Lesson
+from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
+from pipelines.batches import Padding, batches_ahead
+from pipelines.blocks import Block, BlockOrder
+from pipelines.step import answer_loss, run_batches, trainable_model
+
+GPU = torch.device("cuda")
+BUDGET = 8192
+EXAM = 384  # questions that the tuned model answers
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def packed_lessons(lessons: list[Lesson], tokenizer: ChatGlmTokenizer) -> Iterator[Block]:
+    """Lessons in the chat format, packed as they come."""
+    waiting: list[tuple[list[int], list[bool]]] = []
+    for lesson in lessons:
+        ids, targets = render(tokenizer, lesson.messages)
+        if sum(len(i) for i, _ in waiting) + len(ids) > BUDGET:
+            yield _block(waiting)
+            waiting = []
+        waiting.append((ids, targets))
+    yield _block(waiting)
+
+
+def _block(examples: list[tuple[list[int], list[bool]]]) -> Block:
+    is_target = np.concatenate([targets for _, targets in examples])
+    ids = np.concatenate([ids for ids, _ in examples]).astype(np.int32)
+    return Block(ids, is_target, [len(ids) for ids, _ in examples], ["lesson"], int(is_target.sum()))
+
+
+def fine_tune(
+    name: str, blocks: list[Block], held_out: list[Block], options: argparse.Namespace
+) -> tuple[PeftModel, list[float], list[tuple[int, float]]]:
+    """Train; returns the model, the loss of each step, and (step, loss on what was held out) now and then."""
+    base_format, _, bits = name.partition("-")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = trainable_model(options.base, base_format, lora, GPU)  # type: ignore[arg-type]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if bits:
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, fused=True)
+    warmup = options.steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (options.steps - step) / (options.steps - warmup))
+    )
+    order, padding = BlockOrder(len(blocks), 1, seed=1), Padding(BUDGET)
+    chosen = [blocks[order.step(step)[0]] for step in range(options.steps)]
+    losses, dev = [], []
+    for step, batch in enumerate(batches_ahead(chosen, GPU, padding)):
+        losses.append(run_batches(model, [batch], chosen[step].target_count, str(step)))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % (options.steps // 8) == 0:
+            dev.append((step + 1, mean_loss(model, held_out)))
+    return model, torch.stack(losses).tolist(), dev
+
+
+@torch.no_grad()
+def mean_loss(model: PeftModel, blocks: list[Block]) -> float:
+    """Mean over all answer tokens."""
+    batches = batches_ahead(blocks, GPU, Padding(BUDGET))
+    total = torch.stack([answer_loss(model, batch) for batch in batches]).sum()
+    return total.item() / sum(block.target_count for block in blocks)
+
+
+def score(model: PeftModel, tokenizer: ChatGlmTokenizer, lessons: list[Lesson]) -> float:
+    """Exact match of greedy answers."""
+    glm = model.get_base_model()
+    glm.set_attn_implementation("sdpa")
+    with torch.autocast("cuda", torch.bfloat16, enabled=glm.dtype == torch.bfloat16):
+        return exact_match(glm, tokenizer, lessons)["all"]
+
+
+def draw(results: dict[str, Any], picture: Path) -> None:
+    """Smoothed training losses above, held-out losses as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, result in results.items():
+        width = max(1, len(result["losses"]) // 20)
+        smooth = np.convolve(result["losses"], np.ones(width) / width, "valid")
+        (line,) = axes.plot(np.arange(len(smooth)) + width, smooth, label=name, alpha=0.8)
+        axes.plot(*zip(*result["dev"], strict=True), "o", color=line.get_color())
+    axes.set(xlabel="step", ylabel="loss per answer token", yscale="log", title="Base formats; dots: held out")
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def main() -> None:
+    """Read the command line, train each format, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("formats", nargs="*", default=["fp32", "bf16", "fp8", "nf4"], help="what to compare")
+    parser.add_argument("--base", default="tiny", help="model folder (default: tiny)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of one block of 8,192 tokens (default: 300)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: 0.001)")
+    parser.add_argument("--lessons", type=int, default=4000, help="questions, held-out ones included (default: 4000)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("loss_curves.json"), help="file for all figures; a .png beside"
+    )
+    options = parser.parse_args()
+    tokenizer = load_tokenizer(options.base)
+    lessons = demo_lessons(options.lessons)
+    kept = options.lessons // 8
+    blocks = list(packed_lessons(lessons[:-kept], tokenizer))
+    held_out = list(packed_lessons(lessons[-kept:], tokenizer))
+    results: dict[str, Any] = {}
+    for name in options.formats:
+        model, losses, dev = fine_tune(name, blocks, held_out, options)
+        exact = score(model, tokenizer, lessons[-kept:][:EXAM])
+        results[name] = {"losses": losses, "dev": dev, "exact_match": exact}
+        last = float(np.mean(losses[-len(losses) // 10 :]))
+        print(
+            f"{name:12} last train loss {last:.4f}  held-out loss {dev[-1][1]:.4f}  exact match {exact:.1%}", flush=True
+        )
+        options.out.write_text(json.dumps(results) + "\n")
+    draw(results, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
