@@ -98,10 +98,8 @@ def _remark(text: str) -> Translator:
 
 def _batch_size(value: Any, fields: dict[str, Any], where: str) -> Translated:
     examples = int(fields.get("per_device_train_batch_size", 8)) * int(fields.get("gradient_accumulation_steps", 1))
-    return [
-        "--batch_size",
-        str(examples),
-    ], "of all workers together; Hugging Face's Trainer would take as many for each worker"
+    remark = "of all workers together; Hugging Face's Trainer would take as many for each worker"
+    return ["--batch_size", str(examples)], remark
 
 
 def _accumulation(value: Any, fields: dict[str, Any], where: str) -> Translated:
