@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 REFUSAL = "根据提供的文档无法回答该问题。"
-_QUOTE = re.compile(r"“(?P<quote>[^\n]+)”(?P<citations>(?:\[\d+\])+)\n")
+_QUOTE = re.compile(r"原文(?P<citations>(?:\[\d+\])+)：(?P<quote>[^\n]+)\n答：")
 _CITATIONS = re.compile(r"(?:\[\d+\])+\s*$")
 
 
@@ -41,7 +41,7 @@ def documents_prompt(documents: Sequence[str], question: str) -> str:
 def cited_answer(answer: str, number: int, quote: str = "") -> str:
     """The text a model learns to write when document `number` (1-based) holds `answer`: evidence first, if there is a
     `quote` of one line, then the answer."""
-    return f"“{quote}”[{number}]\n{answer}" if quote else f"{answer}[{number}]"
+    return f"原文[{number}]：{quote}\n答：{answer}" if quote else f"{answer}[{number}]"
 
 
 def parse_answer(reply: str) -> DocumentAnswer:

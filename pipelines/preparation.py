@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -108,10 +109,11 @@ def prepare(config: PrepareConfig) -> str:
     tokenizer = load_tokenizer(config.tokenizer).fingerprint
     session.connect()
     files = [*shards, *replay]
-    digests = stream(storage.file_digest, files, "hash", config.workers)
-    receipt = storage.receipt_of("prepare", config, inputs=dict(zip(map(str, files), digests, strict=True)))
-    with storage.publish(config.out, receipt) as folder:
+    receipt = storage.receipt_of("prepare", config)
+    with storage.publish(config.out, receipt) as folder, ThreadPoolExecutor(1) as beside:
+        digests = beside.map(storage.file_digest, files)
         report = write_data(config, files, len(shards), folder)
+        receipt.inputs.update(zip(map(str, files), digests, strict=True))
         dataset = _dataset_digest(folder)
         write_report(folder, {"dataset": dataset, **report}, config.model_dump())
         receipt.facts.update(preset=config.preset, prompt_digest=format_digest(), tokenizer=tokenizer, dataset=dataset)

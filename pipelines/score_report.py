@@ -38,7 +38,7 @@ def write_rows(path: Path, rows: list[Row], results: dict[str, Result]) -> None:
     """One line a row: the question, the gold answer, and each model's prediction with its points."""
     with path.open("w", encoding="utf-8") as file:
         for index, row in enumerate(rows):
-            line: Row = {key: row[key] for key in ("id", "instruction", "golden") if key in row}
+            line: Row = {key: row[key] for key in ("id", "instruction", "golden", "documents") if key in row}
             line["gold"] = gold_answer(row)
             for name, result in results.items():
                 points = {metric: value for metric, (value, possible) in result.points[index].items() if possible}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from chatglm3.documents import REFUSAL
+from chatglm3.documents import REFUSAL, cited_answer, parse_answer
 from pipelines.metrics import exact_match, f1, rouge_l, score, segments, summarize
 
 
@@ -89,3 +89,17 @@ def test_scoring_is_silent_and_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+def test_a_quoted_answer_is_scored_by_what_follows_the_quote():
+    reply = cited_answer("售后组", 2, "归口部门为售后组。")
+    assert reply == "原文[2]：归口部门为售后组。\n答：售后组"
+    answer = parse_answer(reply)
+    assert (answer.text, answer.citations, answer.quote, answer.refused) == (
+        "售后组",
+        (2,),
+        "归口部门为售后组。",
+        False,
+    )
+    assert score(reply, "售后组", golden=2)["citation_accuracy"] == (1.0, 1.0)
+    assert score(reply, "售后组", golden=2)["exact_match"] == (1.0, 1.0)

@@ -127,8 +127,9 @@ def _write_document(world: World, kind: Kind, subject: str, rng: Random) -> Docu
     return Document(subject, facts, opening + join.join(sentences) + "。")
 
 
-def rows(world: World, samples: int, seed: int) -> Iterator[Row]:
-    """Yield rows in the Multi-Doc-QA-Chinese schema: one question, its document, and negatives of the same folder."""
+def rows(world: World, samples: int, seed: int, negatives: int = NEGATIVES) -> Iterator[Row]:
+    """Yield rows in the Multi-Doc-QA-Chinese schema: one question, its document, and negatives of the same folder,
+    half of them relatives of the document as far as it has so many."""
     rng = Random(f"rows {seed}")
     written = 0
     while written < samples:
@@ -137,8 +138,9 @@ def rows(world: World, samples: int, seed: int) -> Iterator[Row]:
             strangers = [document for other in folder if other is not family for document in other]
             for document in family[: samples - written]:
                 question = ask(world, document, rng)
-                hard = rng.sample([relative for relative in family if relative is not document], NEGATIVES // 2)
-                yield _row(question, hard, rng.sample(strangers, NEGATIVES - len(hard)), rng)
+                relatives = [relative for relative in family if relative is not document]
+                hard = rng.sample(relatives, min(negatives // 2, len(relatives)))
+                yield _row(question, hard, rng.sample(strangers, negatives - len(hard)), rng)
                 written += 1
 
 
@@ -153,11 +155,11 @@ def _row(question: Question, hard: list[Document], easy: list[Document], rng: Ra
     }
 
 
-def write_shards(folder: str | Path, world: str, samples: int, seed: int) -> list[Path]:
+def write_shards(folder: str | Path, world: str, samples: int, seed: int, negatives: int = NEGATIVES) -> list[Path]:
     """Write `samples` rows of a world ("pretraining" or "demo") to `folder` as `WORLD-001.json`, ...; the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(WORLDS[world], samples, seed)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(WORLDS[world], samples, seed, negatives)]
     paths: list[Path] = []
     for start in range(0, len(lines), SHARD_ROWS):
         paths.append(folder / f"{world}-{len(paths) + 1:03}.json")
