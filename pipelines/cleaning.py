@@ -35,15 +35,10 @@ class Candidate:
     """Whether the data says that it is hard."""
 
 
-_WIDE = re.compile("[０-９Ａ-Ｚａ-ｚ]")
-_NARROW = {code: code - 0xFEE0 for code in range(ord("０"), ord("ｚ") + 1) if chr(code).isalnum()}
-
-
 def plain_text(text: str) -> str:
-    """Text as it is compared: without white space, in lower case, wide letters and digits as narrow ones."""
+    """Text as it is compared: without white space, in lower case."""
     # Not NFKC: full-width commas are in every Chinese text, and rewriting them all took half of the stage's time.
-    text = "".join(text.split()).lower()
-    return text.translate(_NARROW) if _WIDE.search(text) else text
+    return "".join(text.split()).lower()
 
 
 def digest(text: str) -> int:

@@ -118,8 +118,9 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str
         batch_size=config.batch_size,
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         # Restarting for ever, Ray Data's default, would hide a model that kills its process.
-        ray_remote_args_fn=lambda: {"max_restarts": 0} | ({} if gpus else WITHOUT_GPU),
+        max_restarts=0,
         num_gpus=gpus,
+        **({} if gpus else WITHOUT_GPU),
     )
     try:
         arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows))

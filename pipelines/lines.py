@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 64 << 20
 LONGEST_LINE = 64 << 20  # bytes; a row of 100 documents has a few hundred kB
 _BOM = b"\xef\xbb\xbf"
 

@@ -35,8 +35,8 @@ def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:
     found = codes[places].astype(np.uint32) << 16 | codes[places + 1]
     rows = np.minimum(np.searchsorted(terms, found), len(terms) - 1)
     hits = terms[rows] == found
-    ends = np.cumsum([len(text.encode("utf-16-le")) // 2 + 1 for text in documents])
-    columns = np.searchsorted(ends, places[hits], side="right")
+    ends = np.flatnonzero(codes == ord("\n"))  # plain text has no line ends of its own
+    columns = np.searchsorted(ends, places[hits])
     size = len(terms) * len(documents)
     counts = np.bincount(rows[hits] * len(documents) + columns, minlength=size)
     return counts.reshape(len(terms), len(documents))

@@ -1,11 +1,11 @@
 """Second pass over the shards: each output file is made by one task from the lines that belong to it."""
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from chatglm3 import load_tokenizer
 from pipelines.cleaning import clean_conversation, clean_sample
@@ -15,7 +15,7 @@ from pipelines.lines import read_line
 from pipelines.recipe import Built, Kitchen, Recipe, Row, conversation_row, multidoc_rows, seed_row, triple
 from pipelines.shards import Conversation, parse_row
 
-ROWS_PER_FILE = 1000
+ROWS_PER_FILE = 500
 
 
 SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("has_triple", "?")])
@@ -95,7 +95,7 @@ def _write(path: Path, rows: list[Row]) -> None:
 
 def one_line(row: Row) -> str:
     """A row as a line of JSON. Unicode's other line ends are escaped: many readers split there, Ray Data's too."""
-    text = json.dumps(row, ensure_ascii=False)
+    text = orjson.dumps(row).decode()
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085") + "\n"
 
 

@@ -79,14 +79,20 @@ def unreadable(path: Path) -> str:
     return next((f"the file is {what}" for magic, what in _NOT_TEXT.items() if start.startswith(magic)), "")
 
 
-def parse_row(content: bytes | None) -> Sample | Conversation:
-    """One line, checked. Raises RowError that says what is wrong with it."""
+def parse_row(content: bytes | None, with_negatives: bool = True) -> Sample | Conversation:
+    """One line, checked. Raises RowError that says what is wrong with it.
+
+    Reading a hundred negatives takes longer than parsing their JSON, so who needs none may do without.
+    """
     row = _object(content)
     if "conversations" in row or "instruction" in row:
         return Conversation(*messages_of(row))
     pair = _first(row, "QA")
     positive = _text(_first(row, "positive_doc"), "text", "positive_doc[0]")
-    negatives, hard = _negatives(row)
+    items = row.get("negative_doc") or []
+    if not isinstance(items, list):
+        raise RowError("negative_doc is not a list")
+    negatives, hard = _negatives(items if with_negatives else [])
     return Sample(_text(pair, "question", "QA[0]"), _text(pair, "answer", "QA[0]"), positive, negatives, hard)
 
 
@@ -133,15 +139,12 @@ def _text(item: dict[str, Any], field: str, where: str) -> str:
     return text
 
 
-def _negatives(row: dict[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]:
+def _negatives(items: list[Any]) -> tuple[tuple[str, ...], frozenset[str]]:
     """Those negatives that are whole texts, in order, and which of them are marked as hard."""
-    items = row.get("negative_doc") or []
-    if not isinstance(items, list):
-        raise RowError("negative_doc is not a list")
     texts, hard = [], []
     for item in items:
         text = item.get("text") if isinstance(item, dict) else None
-        if isinstance(text, str) and text.strip() and not _broken(text):
+        if isinstance(text, str) and text and not text.isspace() and not _broken(text):
             texts.append(text)
             if item.get("hard") is True:
                 hard.append(text)

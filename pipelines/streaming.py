@@ -21,13 +21,19 @@ def stream(
 
     At most `workers` run at a time; 0 is as many as the cluster's machines have CPUs. Raises StageError if one fails.
     """
-    if not items:
+    if len(items) < 2:  # nothing to share out: not worth the seconds that an actor needs to start
+        yield from (function(item, **common) for item in items)
         return
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    compute = ray.data.TaskPoolStrategy(size=min(workers or _cpus(), len(items)))
     shared = ray.put(common)  # once, not with every task
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-    results = dataset.map(_call, fn_kwargs={"function": function, "shared": [shared]}, compute=compute)
+    results = dataset.map(
+        _Caller,
+        fn_kwargs={"function": function, "shared": [shared]},
+        # Actors, not tasks: those would import everything again in each of Ray's waiting processes.
+        compute=ray.data.ActorPoolStrategy(size=min(workers or _cpus(), len(items))),
+        max_restarts=0,
+    )
     try:
         for row in track(results.iter_rows(), what, len(items)):
             yield row["result"]
@@ -35,8 +41,15 @@ def stream(
         raise StageError(f"{what} failed: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _call(row: dict[str, Any], function: Callable[..., Any], shared: list[ray.ObjectRef]) -> dict[str, Any]:
-    return {"result": function(row["item"], **ray.get(shared[0]))}
+class _Caller:
+    common: dict[str, Any] | None = None
+
+    def __call__(
+        self, row: dict[str, Any], function: Callable[..., Any], shared: list[ray.ObjectRef]
+    ) -> dict[str, Any]:
+        if self.common is None:
+            self.common = ray.get(shared[0])
+        return {"result": function(row["item"], **self.common)}
 
 
 def _cpus() -> int:

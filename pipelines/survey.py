@@ -117,7 +117,7 @@ def _key(content: bytes) -> str:
 
 
 def _record(line: Line, rules: Rules) -> tuple[tuple[Any, ...], str]:
-    row = parse_row(line.content)
+    row = parse_row(line.content, with_negatives=False)
     content = int.from_bytes(blake2b((line.content or b"").strip(), digest_size=8).digest())
     if isinstance(row, Conversation):
         row = clean_conversation(row, rules.mask_personal_data, Counter())
