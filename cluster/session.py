@@ -4,10 +4,12 @@ import logging
 import os
 import secrets
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from cluster.errors import StageError
 
@@ -18,6 +20,8 @@ def connect() -> None:
         return
     for name in ("ray.data", "ray._private.authentication"):  # plans and hints that are no news to the user
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It tells of a way to pass `max_restarts` to Ray Data that does not exist yet.
+    warnings.filterwarnings("ignore", message="`ray_remote_args", category=RayDeprecationWarning)
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS") or _local_cluster()

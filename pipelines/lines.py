@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 PIECE_BYTES = 64 << 20
 LONGEST_LINE = 64 << 20  # bytes; a row of 100 documents has a few hundred kB
 _BOM = b"\xef\xbb\xbf"
+
+
+SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("has_triple", "?")])
+"""Where a sample stands: index of the shard, byte offset of its line; its key; whether it is to give a triple."""
 
 
 class RowError(ValueError):

@@ -16,14 +16,24 @@ def bm25(question: str, documents: Sequence[str]) -> np.ndarray:
     """
     if not documents or len(question) < 2:
         return np.zeros(len(documents))
-    terms = np.unique(_pairs(_codes(question)))
+    terms = np.unique(character_pairs(question))
     counts = _count(terms, documents)
     lengths = np.array([len(text) for text in documents])
     norms = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
     present = (counts > 0).sum(axis=1, keepdims=True)
-    weights = np.log(1 + (len(documents) - present + 0.5) / (present + 0.5))
-    scores = (weights * counts * (K1 + 1) / (counts + norms)).sum(axis=0)
+    scores = (rarity(present, len(documents)) * counts * (K1 + 1) / (counts + norms)).sum(axis=0)
     return np.asarray(scores.round(9))  # so that no machine's rounding changes an order
+
+
+def rarity(present: np.ndarray, documents: int) -> np.ndarray:
+    """Inverse document frequency of terms that are `present` in so many of `documents`."""
+    return np.asarray(np.log(1 + (documents - present + 0.5) / (present + 0.5)))
+
+
+def character_pairs(text: str) -> np.ndarray:
+    """Each two neighbouring UTF-16 units of a text as one number, [units - 1] of uint32."""
+    codes = _codes(text)
+    return codes[:-1].astype(np.uint32) << 16 | codes[1:]
 
 
 def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:
@@ -44,7 +54,3 @@ def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:
 
 def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-16-le"), np.uint16)
-
-
-def _pairs(codes: np.ndarray) -> np.ndarray:
-    return codes[:-1].astype(np.uint32) << 16 | codes[1:]

@@ -6,8 +6,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipelines import groups
-from pipelines.row_files import SOURCE, Part, split_into_parts
+from pipelines.lines import SOURCE
+from pipelines.row_files import Part, split_into_parts
 from pipelines.survey import Findings
+
+
+@dataclass(frozen=True)
+class GoldenDocuments:
+    """The distinct documents of one side, in the order of their digests."""
+
+    digests: np.ndarray
+    groups: np.ndarray
+    sources: np.ndarray
+    """A line with each, [documents] of SOURCE."""
 
 
 @dataclass
@@ -19,6 +30,8 @@ class Plan:
     """Index into the findings' records of each sample, part by part."""
     dev_documents: np.ndarray
     """Digests of the documents in groups of the dev side: training must not see them."""
+    golden: dict[str, "GoldenDocuments"]
+    """By side."""
     dropped: Counter[str] = field(default_factory=Counter)
     leaks: dict[str, int] = field(default_factory=dict)
 
@@ -61,9 +74,20 @@ def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: i
         [part for side in parts for part in side],
         np.concatenate(indices),
         np.unique(records["document"][is_dev & has_document]),
+        {
+            side: _golden(records, group, sources, mask & has_document)
+            for side, mask in (("train", train), ("dev", dev))
+        },
         dropped,
         _leaks(records, group, train & has_document, dev & has_document),
     )
+
+
+def _golden(records: np.ndarray, group: np.ndarray, sources: np.ndarray, mask: np.ndarray) -> GoldenDocuments:
+    where = np.flatnonzero(mask)
+    where = where[np.argsort(records["key"][where], kind="stable")]
+    digests, first = np.unique(records["document"][where], return_index=True)
+    return GoldenDocuments(digests, group[where[first]], sources[where[first]])
 
 
 def _draw(keys: np.ndarray, candidates: np.ndarray, rows: int, choices: Choices) -> np.ndarray:

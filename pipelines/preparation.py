@@ -1,10 +1,12 @@
 """Raw question-answer shards in; checked, cleaned, split training rows and a report to look at out."""
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,6 +18,7 @@ from chatglm3.documents import format_digest
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
+from pipelines.corpus import read_documents, write_corpus
 from pipelines.data_report import write_report
 from pipelines.data_statistics import Statistics
 from pipelines.lines import Piece, cut
@@ -52,6 +55,9 @@ class PrepareConfig(Config):
     """Wrong documents beside the golden one, and how often so many; a single number is for all rows (multidoc)."""
     hard_share: float = Field(0.5, ge=0, le=1)
     """Share of them that look right: marked as hard by the data, or else nearest to the question by BM25 (multidoc)."""
+    hard_from: Literal["row", "corpus"] = "row"
+    """Where they come from. row: the row's own negatives; corpus: the golden documents of all other rows too, for data
+    with few negatives or none (multidoc)."""
     golden_only_share: float = Field(0.1, ge=0, le=1)
     """Share of samples whose golden document stands alone (multidoc)."""
     refusal_share: float = Field(0.15, ge=0, le=1)
@@ -144,8 +150,10 @@ def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: P
     for side in ("train", "dev"):
         (folder / side).mkdir()
     statistics = Statistics()
-    for part in stream(write_part, plan.parts, "write rows", config.workers, order=_order(config, files, plan, folder)):
-        statistics.add(part)
+    order = _order(config, files, plan, folder)
+    with _corpus(config, plan, order) as order:
+        for part in stream(write_part, plan.parts, "write rows", config.workers, order=order):
+            statistics.add(part)
     return {
         "lines": {"read": found.lines, "good": len(found.records), "bad": len(found.bad)},
         "bad": dict(Counter(row.reason for row in found.bad).most_common()),
@@ -205,6 +213,23 @@ def _order(config: PrepareConfig, files: list[Path], plan: Plan, folder: Path) -
         negatives=config.triples,
         **config.model_dump(include={"preset", "tokenizer", "mask_personal_data"}),
     )
+
+
+@contextmanager
+def _corpus(config: PrepareConfig, plan: Plan, order: Order) -> Iterator[Order]:
+    """`order` with an index of all golden documents, if hard distractors are to come from there, as long as needed."""
+    if config.hard_from == "row":
+        yield order
+        return
+    with tempfile.TemporaryDirectory(dir=order.folder) as folder:
+        for side, golden in plan.golden.items():
+            chunks = [golden.sources[start : start + 1000] for start in range(0, len(golden.sources), 1000)]
+            settings = {"shards": order.shards, "mask": config.mask_personal_data}
+            parts = stream(read_documents, chunks, "index documents", config.workers, **settings)
+            texts = (text for part in parts for text in part)
+            if chunks:
+                write_corpus(Path(folder, side), texts, golden.digests, golden.groups, golden.sources)
+        yield replace(order, corpus=folder)
 
 
 def _sources(plan: Plan, found: Findings, name_of_piece: list[str]) -> Iterator[dict[str, Any]]:

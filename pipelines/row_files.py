@@ -1,6 +1,6 @@
 """Second pass over the shards: each output file is made by one task from the lines that belong to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,18 +8,15 @@ import numpy as np
 import orjson
 
 from chatglm3 import load_tokenizer
-from pipelines.cleaning import clean_conversation, clean_sample
+from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text
+from pipelines.corpus import open_corpus, read_documents
 from pipelines.data_statistics import Statistics
 from pipelines.lengths import Ruler
 from pipelines.lines import read_line
 from pipelines.recipe import Built, Kitchen, Recipe, Row, conversation_row, multidoc_rows, seed_row, triple
-from pipelines.shards import Conversation, parse_row
+from pipelines.shards import Conversation, Sample, parse_row
 
 ROWS_PER_FILE = 500
-
-
-SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("has_triple", "?")])
-"""Where a row comes from: index of the shard, byte offset of the line, the sample's key."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Part:
     side: str
     number: int
     sources: np.ndarray
-    """[rows] of SOURCE."""
+    """[rows] of `lines.SOURCE`."""
 
     @property
     def name(self) -> str:
@@ -51,6 +48,8 @@ class Order:
     """Digests of the documents that training must not see."""
     negatives: int
     """How many a triple has at most; 0 for no triples."""
+    corpus: str = ""
+    """Folder with an index of each side's golden documents to draw hard distractors from; empty for none."""
 
 
 def split_into_parts(side: str, sources: np.ndarray) -> list[Part]:
@@ -75,6 +74,8 @@ def write_part(part: Part, order: Order) -> Statistics:
             built[index] = [conversation_row(item, key.decode(), kitchen)]
             continue
         item = clean_sample(item, order.preset != "seed", order.mask_personal_data, kitchen.counts)
+        if order.corpus:
+            item = _with_neighbours(item, part.side, order)
         is_seed = order.preset == "seed"
         built[index] = [seed_row(item, kitchen)] if is_seed else multidoc_rows(item, key.decode(), kitchen)
         if order.negatives and has_triple:
@@ -84,6 +85,14 @@ def write_part(part: Part, order: Order) -> Statistics:
     if order.negatives:
         _write(Path(order.folder, "triples", part.name), [row for row in triples if row])
     return Statistics.of(part.side, rows, kitchen)
+
+
+def _with_neighbours(sample: Sample, side: str, order: Order) -> Sample:
+    """The sample with the documents of other rows that look most like an answer among its negatives."""
+    corpus = open_corpus(f"{order.corpus}/{side}")
+    nearest = corpus.nearest(sample.question, digest(plain_text(sample.positive)))
+    texts = read_documents(nearest, order.shards, order.mask_personal_data)
+    return replace(sample, negatives=(*sample.negatives, *texts))
 
 
 def _write(path: Path, rows: list[Row]) -> None:

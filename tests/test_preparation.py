@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import render
 from chatglm3.documents import REFUSAL, parse_answer
 from cluster.errors import StageError
+from pipelines.cleaning import digest
+from pipelines.corpus import open_corpus, write_corpus
 from pipelines.preparation import PrepareConfig, prepare
+from pipelines.streaming import stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -120,6 +126,30 @@ def test_half_of_the_distractors_are_hard_by_bm25_where_the_data_marks_none(tmp_
     for r in read(data, "train"):
         if r["documents"] == 5 and r["golden"]:
             assert sum("颜色另说" in text for text in documents_of(r)) >= 2
+
+
+def test_rows_without_negatives_take_their_distractors_from_the_documents_of_other_rows(tmp_path: Path) -> None:
+    rows = [row(n, negatives=0) for n in range(200)]
+    data = prepared(tmp_path, rows, hard_from="corpus", dev_share=0.2, twin_share=0)
+    texts = {r["positive_doc"][0]["text"] for r in rows}
+    sides = {side: read(data, side) for side in ("train", "dev")}
+    golden = {side: {documents_of(r)[r["golden"] - 1] for r in found if r["golden"]} for side, found in sides.items()}
+    for side, other in (("train", "dev"), ("dev", "train")):
+        shown = {text for r in sides[side] for text in documents_of(r)}
+        assert shown <= texts
+        assert not shown & golden[other]
+        assert {r["documents"] for r in sides[side] if r["golden"]} >= {1, 3, 5, 7}
+    assert not list(Path(data).glob("tmp*"))
+
+
+def test_the_nearest_documents_of_the_corpus_look_like_answers_and_are_not_of_the_same_group(tmp_path: Path) -> None:
+    texts = ["北京的天气很好。", "上海的天气不好。", "北京的天气很好！", "毫不相干的一篇。"]
+    digests = np.array(sorted(map(digest, texts)), np.uint64)
+    ordered = sorted(texts, key=digest)
+    groups = np.array([0 if "北京" in text else index + 1 for index, text in enumerate(ordered)])
+    write_corpus(tmp_path / "index", ordered, digests, groups, np.arange(4))
+    nearest = open_corpus(str(tmp_path / "index")).nearest("北京的天气怎么样？", digest(texts[0]))
+    assert [ordered[index] for index in nearest] == ["上海的天气不好。"]
 
 
 def test_quotes_can_be_left_out(tmp_path: Path) -> None:
@@ -378,3 +408,20 @@ def test_unicode_line_ends_in_a_document_stay_in_one_line_of_the_row_file(tmp_pa
 def test_shares_must_add_up(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(StageError, match=problem):
         PrepareConfig.parse(settings, "flags")
+
+
+def test_what_a_killed_process_was_at_is_done_again_and_a_functions_own_error_ends_the_stage(tmp_path: Path) -> None:
+    def square(number: int, marker: Path) -> int:
+        if number == 5 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
+
+    def fail(number: int) -> int:
+        raise ValueError(f"no square of {number}")
+
+    marker = tmp_path / "died"
+    assert list(stream(square, range(12), "square", workers=2, marker=marker)) == [n * n for n in range(12)]
+    assert marker.exists()
+    with pytest.raises(StageError, match="square failed: ValueError: no square of 0"):
+        list(stream(fail, range(3), "square", workers=1))
