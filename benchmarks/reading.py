@@ -4,6 +4,7 @@
 
 Both are tuned from the built-in model on the same made-up shards with the same settings, one on rows of preset
 `multidoc`, one on preset `seed`, and then asked about other documents, among 0 to 9 distractors. Minutes on two cores.
+Without quotes: to copy a sentence first is more than a model of this size learns in a minute.
 """
 
 import argparse
@@ -27,7 +28,8 @@ EXAM = {"golden_only_share": 0.0, "refusal_share": 0.0, "twin_share": 0.0, "dev_
 
 def tuned(preset: str, raw: str, out: Path) -> str:
     """The folder of the built-in model tuned on rows of `preset`."""
-    data = prepare(PrepareConfig(raw=raw, out=str(out / f"{preset}-data"), preset=preset))  # type: ignore[arg-type]
+    rows = PrepareConfig(raw=raw, out=str(out / f"{preset}-data"), preset=preset, quotes=False)  # type: ignore[arg-type]
+    data = prepare(rows)
     adapter = train(TrainConfig(data=data, out=str(out / f"{preset}-adapter"), workers=2, **RECIPE))
     return merge(MergeConfig(adapter=adapter, out=str(out / preset)))
 

@@ -256,7 +256,7 @@ def _announce(config: PrepareConfig, counts: Mapping[str, float]) -> None:
     rows = f"{counts['train']} training and {counts['dev']} dev rows"
     copies = f"{counts['exact_copies']} exact and {counts['near_copies']} near copies"
     print(f"prepare: {rows}, {counts['bad']} bad, {copies} dropped -> {config.out}/report.html")
-    if not counts["dev"]:
+    if config.dev_share and not counts["dev"]:
         print("prepare: no document fell on the dev side; raise --dev_share if you want to evaluate")
 
 

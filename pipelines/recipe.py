@@ -172,15 +172,15 @@ def _row(sample: Sample, key: str, kind: Kind, texts: list[Candidate], golden: i
     recipe, ruler = kitchen.recipe, kitchen.ruler
     kitchen.shown += [digest(text.plain) for text in texts]
     documents = [Document(text.text) for text in texts]
-    quote = ""
+    quote = None
     if golden is not None:
-        quote = find_quote(sample.answer, sample.positive, recipe.quote_recall) if recipe.quotes else ""
+        quote = find_quote(sample.answer, sample.positive, recipe.quote_recall) if recipe.quotes else None
         documents[golden].evidence = _evidence(sample.positive, quote, sample.answer)
     built = _compose(sample, key, kind, documents, quote, ruler)
     room = recipe.max_tokens - ruler.example(documents_prompt([], sample.question), built.row["output"])
     cuts: Counter[str] = Counter()
     while built.tokens > recipe.max_tokens:
-        if room < SHORTEST_DOCUMENT + NUMBERING:
+        if quote and room < SHORTEST_DOCUMENT + NUMBERING:
             quote = ""
         cuts.clear()
         built = _compose(sample, key, kind, fit(documents, room, ruler, cuts), quote, ruler)
@@ -189,17 +189,20 @@ def _row(sample: Sample, key: str, kind: Kind, texts: list[Candidate], golden: i
     return built
 
 
-def _compose(sample: Sample, key: str, kind: Kind, documents: list[Document], quote: str, ruler: Ruler) -> Built:
+def _compose(sample: Sample, key: str, kind: Kind, documents: list[Document], quote: str | None, ruler: Ruler) -> Built:
+    """The row of documents that fit. `quote` is what the answer quotes: empty for nothing, None if not asked for."""
     golden = next((number for number, document in enumerate(documents, 1) if document.evidence), None)
     row: Row = {"instruction": documents_prompt([document.text for document in documents], sample.question)}
+    quoted = None
     if golden is None:
         row |= {"output": REFUSAL, "answer": REFUSAL}
     else:
         # A document that had to be cut to less than its evidence cannot be quoted.
-        quote = quote if quote in documents[golden - 1].text else ""
-        row |= {"output": cited_answer(sample.answer, golden, quote), "answer": sample.answer}
+        found = quote if quote and quote in documents[golden - 1].text else ""
+        row |= {"output": cited_answer(sample.answer, golden, found), "answer": sample.answer}
+        quoted = None if quote is None else bool(found)
     row |= {"golden": golden, "documents": len(documents), "id": key}
-    return _built(row, kind, ruler, None if golden is None else bool(quote))
+    return _built(row, kind, ruler, quoted)
 
 
 def _built(row: Row, kind: Kind, ruler: Ruler, quoted: bool | None = None) -> Built:
@@ -207,7 +210,7 @@ def _built(row: Row, kind: Kind, ruler: Ruler, quoted: bool | None = None) -> Bu
     return Built(row, kind, ruler.example(row["instruction"], row["output"]) - answer, answer, quoted)
 
 
-def _evidence(document: str, quote: str, answer: str) -> tuple[int, int]:
+def _evidence(document: str, quote: str | None, answer: str) -> tuple[int, int]:
     """Where in the document the quote, or else the answer, stands; its start if neither does."""
     for text in (quote, answer):
         start = document.find(text) if text else -1

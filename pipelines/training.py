@@ -55,8 +55,9 @@ class TrainConfig(Config):
     """Folder to write; OUT.run beside it holds checkpoints. Nodes of a cluster must share it."""
     prompt_format: PromptFormat = "chat"
     """chat: ChatGLM3's own turns; bare: the predecessor's plain text."""
-    base_format: Literal["nf4", "bf16", "fp32"] = "nf4"
-    """Format of the frozen base: nf4 is QLoRA with double quantisation."""
+    base_format: Literal["nf4", "fp8", "bf16", "fp32"] = "nf4"
+    """Format of the frozen base. nf4: QLoRA with double quantisation, the smallest; fp8: the fastest, on GPUs of
+    compute capability 8.9 and later (Ada, Hopper)."""
     lora: LoraSettings = LoraSettings()
     """The adapter."""
     epochs: float = Field(2.0, gt=0)
