@@ -29,7 +29,7 @@ def group_documents(records: np.ndarray, similarity: float) -> np.ndarray:
     """
     documents, first, inverse = np.unique(records["document"], return_index=True, return_inverse=True)
     parents = np.arange(len(documents))
-    if similarity < 1:
+    if similarity < 1 and len(documents) > 1:
         for a, b in _similar_pairs(records["signature"][first], similarity):
             _unite(parents, a, b)
     roots = np.array([_root(parents, index) for index in range(len(documents))], int)
@@ -42,16 +42,16 @@ def group_documents(records: np.ndarray, similarity: float) -> np.ndarray:
 def near_copies(records: np.ndarray, groups: np.ndarray, questions: list[str]) -> np.ndarray:
     """Mask of the records that ask a similar question, with the same answer, of the same group of documents."""
     copies = np.zeros(len(records), bool)
-    kept: defaultdict[tuple[int, int], list[frozenset[str]]] = defaultdict(list)
-    for index in np.argsort(records["key"], kind="stable"):
-        if not records["document"][index]:
-            continue
-        same = kept[int(groups[index]), int(records["answer"][index])]
-        pairs = _pairs(questions[index])
-        if any(_jaccard(pairs, other) >= SIMILAR_QUESTIONS for other in same):
+    same = np.stack([groups, records["answer"]], axis=1)
+    _, inverse, sizes = np.unique(same, axis=0, return_inverse=True, return_counts=True)
+    candidates = np.flatnonzero((sizes[inverse] > 1) & (records["document"] != 0))
+    kept: defaultdict[int, list[frozenset[str]]] = defaultdict(list)
+    for index in candidates[np.argsort(records["key"][candidates], kind="stable")].tolist():
+        pairs, others = _pairs(questions[index]), kept[int(inverse[index])]
+        if any(_jaccard(pairs, other) >= SIMILAR_QUESTIONS for other in others):
             copies[index] = True
         else:
-            same.append(pairs)
+            others.append(pairs)
     return copies
 
 

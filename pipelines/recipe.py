@@ -66,7 +66,7 @@ class Kitchen:
 
 def least_tokens(sample: Sample, ruler: Ruler) -> int:
     """What the sample's row takes at least, with its documents cut as far as they may be."""
-    answer = max(sample.answer, REFUSAL, key=len)
+    answer = max(sample.answer, REFUSAL, key=ruler.tokens)
     return ruler.example(documents_prompt([], sample.question), answer) + SHORTEST_DOCUMENT + 2 * NUMBERING
 
 
@@ -179,7 +179,7 @@ def _row(sample: Sample, key: str, kind: Kind, texts: list[Candidate], golden: i
     built = _compose(sample, key, kind, documents, quote, ruler)
     room = recipe.max_tokens - ruler.example(documents_prompt([], sample.question), built.row["output"])
     cuts: Counter[str] = Counter()
-    while built.tokens > recipe.max_tokens:
+    while built.tokens > recipe.max_tokens and room > -recipe.max_tokens:
         if quote and room < SHORTEST_DOCUMENT + NUMBERING:
             quote = ""
         cuts.clear()
