@@ -46,6 +46,12 @@ def digest(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
+def text_pairs(text: str) -> frozenset[str]:
+    """Each two neighbouring characters of a text, white space left out; of a single character, itself."""
+    text = "".join(text.split())
+    return frozenset(text[i : i + 2] for i in range(len(text) - 1)) or frozenset([text])
+
+
 def clean_sample(sample: Sample, compose: bool, mask: bool, counts: Counter[str]) -> Sample:
     """The sample with all its texts cleaned alike, so that an answer stays in its document."""
 

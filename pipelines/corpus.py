@@ -88,8 +88,7 @@ def read_documents(sources: np.ndarray, shards: list[str], mask: bool) -> list[s
     """The golden documents of some lines, cleaned as their samples are."""
     texts = []
     for shard, offset in zip(sources["shard"].tolist(), sources["offset"].tolist(), strict=True):
-        with open(shards[shard], "rb") as file:
-            sample = parse_row(read_line(file, offset), with_negatives=False)
+        sample = parse_row(read_line(shards[shard], offset), with_negatives=False)
         assert isinstance(sample, Sample)
         texts.append(clean_sample(sample, True, mask, Counter()).positive)
     return texts

@@ -8,15 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from pipelines.data_statistics import SAMPLES_SHOWN, Statistics, quantiles
 from pipelines.recipe import Built
 from pipelines.shards import BadRow
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # the backend comes first
 
 BAD_ROWS_SHOWN = 50
 
@@ -78,6 +74,11 @@ def _numbers(numbers: Mapping[str, Any], statistics: Statistics) -> str:
 
 
 def _pictures(numbers: Mapping[str, Any], statistics: Statistics) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     prompt, answer = statistics.lengths()
     figure, axes = plt.subplots(2, 3, figsize=(14, 6.4), layout="constrained")
     (lengths, answers, kinds), (documents, places, changes) = axes

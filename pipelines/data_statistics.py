@@ -30,8 +30,8 @@ class Statistics:
     """What was dropped, cut and rewritten."""
     prompt_tokens: list[np.ndarray] = field(default_factory=list)
     answer_tokens: list[np.ndarray] = field(default_factory=list)
-    shown: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"train": [], "dev": []})
-    """Digests of the documents in prompts, by side."""
+    shown: list[np.ndarray] = field(default_factory=list)
+    """Digests of the documents in training prompts."""
     samples: list[Built] = field(default_factory=list)
 
     @classmethod
@@ -51,7 +51,7 @@ class Statistics:
                 found.samples.append(each)
         found.prompt_tokens = [np.array([each.prompt_tokens for each in built], np.int32)]
         found.answer_tokens = [np.array([each.answer_tokens for each in built], np.int32)]
-        found.shown[side] = [np.unique(np.array(kitchen.shown, np.uint64))]
+        found.shown = [np.unique(np.array(kitchen.shown, np.uint64))] if side == "train" else []
         return found
 
     def add(self, other: "Statistics") -> None:
@@ -60,8 +60,7 @@ class Statistics:
             getattr(self, name).update(getattr(other, name))
         self.prompt_tokens += other.prompt_tokens
         self.answer_tokens += other.answer_tokens
-        for side, digests in other.shown.items():
-            self.shown[side] += digests
+        self.shown += other.shown
         kinds = Counter(each.kind for each in self.samples)
         for each in other.samples:
             if kinds[each.kind] < SAMPLES_PER_KIND:
@@ -93,7 +92,7 @@ class Statistics:
 
     def documents_seen(self, dev_documents: np.ndarray) -> int:
         """How many of the dev side's golden documents a training prompt shows."""
-        return len(np.intersect1d(dev_documents, np.concatenate([dev_documents[:0], *self.shown["train"]])))
+        return len(np.intersect1d(dev_documents, np.concatenate([dev_documents[:0], *self.shown])))
 
 
 def quantiles(lengths: np.ndarray) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Which samples are copies, which documents are nearly the same, and on which side of the split each sample stands."""
 
 from collections import defaultdict
-from hashlib import blake2b
 
 import numpy as np
+
+from pipelines.cleaning import digest, text_pairs
 
 BANDS = 16
 """Of the signature's 64 values: documents that agree in all four of a band are compared. Of pairs with a Jaccard
@@ -47,7 +48,7 @@ def near_copies(records: np.ndarray, groups: np.ndarray, questions: list[str]) -
     candidates = np.flatnonzero((sizes[inverse] > 1) & (records["document"] != 0))
     kept: defaultdict[int, list[frozenset[str]]] = defaultdict(list)
     for index in candidates[np.argsort(records["key"][candidates], kind="stable")].tolist():
-        pairs, others = _pairs(questions[index]), kept[int(inverse[index])]
+        pairs, others = text_pairs(questions[index]), kept[int(inverse[index])]
         if any(_jaccard(pairs, other) >= SIMILAR_QUESTIONS for other in others):
             copies[index] = True
         else:
@@ -57,7 +58,7 @@ def near_copies(records: np.ndarray, groups: np.ndarray, questions: list[str]) -
 
 def on_dev_side(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Mask of the records whose group belongs to the dev side: a property of the group alone."""
-    sides = {group: _hash(f"{seed}:{group}") < share * 2**64 for group in set(groups.tolist())}
+    sides = {group: digest(f"{seed}:{group}") < share * 2**64 for group in set(groups.tolist())}
     return np.array([sides[group] for group in groups.tolist()], bool)
 
 
@@ -94,13 +95,5 @@ def _unite(parents: np.ndarray, a: int, b: int) -> None:
     parents[max(a, b)] = min(a, b)
 
 
-def _pairs(text: str) -> frozenset[str]:
-    return frozenset(text[i : i + 2] for i in range(len(text) - 1)) or frozenset([text])
-
-
 def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return len(a & b) / max(len(a | b), 1)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
+from chatglm3 import load_tokenizer
 from chatglm3.chat import render
 
 SHORTEST_DOCUMENT = 32  # tokens; a document that would be cut below this is left out instead
@@ -41,6 +43,12 @@ class Ruler:
     def example(self, prompt: str, answer: str) -> int:
         """Of a whole example."""
         return self.overhead + self.tokens(prompt) + self.tokens(answer)
+
+
+@lru_cache(maxsize=1)
+def ruler_of(model: str) -> Ruler:
+    """The ruler of a model folder's tokenizer, kept for the next call."""
+    return Ruler(load_tokenizer(model))
 
 
 def fit(documents: list[Document], budget: int, ruler: Ruler, counts: Counter[str]) -> list[Document]:

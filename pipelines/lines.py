@@ -65,10 +65,11 @@ def read_lines(piece: Piece) -> Iterator[Line]:
                 yield Line(number, offset, content.removeprefix(_BOM) if offset == 0 else content)
 
 
-def read_line(file: BinaryIO, offset: int) -> bytes:
-    """The line that begins at `offset`."""
-    file.seek(offset)
-    content = file.readline(LONGEST_LINE)
+def read_line(path: str, offset: int) -> bytes:
+    """The line of a file that begins at byte `offset`."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.readline(LONGEST_LINE)
     return content.removeprefix(_BOM) if offset == 0 else content
 
 

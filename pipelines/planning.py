@@ -30,7 +30,7 @@ class Plan:
     """Index into the findings' records of each sample, part by part."""
     dev_documents: np.ndarray
     """Digests of the documents in groups of the dev side: training must not see them."""
-    golden: dict[str, "GoldenDocuments"]
+    golden: dict[str, GoldenDocuments]
     """By side."""
     dropped: Counter[str] = field(default_factory=Counter)
     leaks: dict[str, int] = field(default_factory=dict)
@@ -64,6 +64,7 @@ def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: i
     sources = np.zeros(len(records), SOURCE)
     sources["shard"], sources["offset"], sources["key"] = shards, records["offset"], records["key"]
     sources["has_triple"] = _first_of_its_kind(records)
+    # Keys are digests, so their order is a shuffle that no shard's name can change.
     indices = [mask[np.argsort(records["key"][mask], kind="stable")] for mask in map(np.flatnonzero, (train, dev))]
     parts = [split_into_parts(side, sources[where]) for side, where in zip(("train", "dev"), indices, strict=True)]
     dropped = Counter({"exact copies": int(copies.sum()), "near copies": int(near.sum())})
@@ -109,7 +110,7 @@ def _first_of_its_kind(records: np.ndarray) -> np.ndarray:
 
 
 def _leaks(records: np.ndarray, group: np.ndarray, train: np.ndarray, dev: np.ndarray) -> dict[str, int]:
-    """What stands on both sides; all but the questions must be 0."""
+    """How many groups and documents there are, and how many stand on both sides, which must be 0."""
     return {
         "groups": len(np.unique(group[train | dev])),
         "groups_on_both_sides": len(np.intersect1d(group[train], group[dev])),

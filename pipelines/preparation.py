@@ -133,11 +133,11 @@ def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: P
 
     `files` are the raw shards and, from the `num_raw`th on, those to replay. Raises StageError for too bad input.
     """
-    refused = [BadRow(path.name, 0, reason, "") for path in files if (reason := unreadable(path))]
+    reasons = [unreadable(path) for path in files]
+    refused = [BadRow(path.name, 0, reason, "") for path, reason in zip(files, reasons, strict=True) if reason]
     if refused and config.strict:
         _refuse(refused[0])
-    readable = [(index, path) for index, path in enumerate(files) if not unreadable(path)]
-    pieces = [(index, piece) for index, path in readable for piece in cut(path)]
+    pieces = [(index, piece) for index, path in enumerate(files) if not reasons[index] for piece in cut(path)]
     found = survey_pieces(config, pieces, num_raw)
     found.bad = [*refused, *found.bad]
     _check_share(config, files, refused, found)

@@ -2,6 +2,8 @@
 
 import re
 
+from pipelines.cleaning import text_pairs
+
 LONGEST_QUOTE = 160  # characters; longer evidence teaches copying rather than finding
 _SENTENCE = re.compile(r"[^。！？!?；;\n]+[。！？!?；;]*[”’」』）)]*")
 
@@ -16,7 +18,7 @@ def find_quote(answer: str, document: str, least_recall: float) -> str:
     if start >= 0:
         touched = [span for span in spans if span[0] < start + len(answer) and span[1] > start]
         return _quote(document, touched) if touched else ""
-    wanted = _pairs(answer)
+    wanted = text_pairs(answer)
     windows = [spans[i : i + size] for size in (1, 2, 3) for i in range(len(spans) - size + 1)]
     quotes = [quote for window in windows if (quote := _quote(document, window))]
     best = max(quotes, key=lambda quote: (_recall(wanted, quote), -len(quote)), default="")
@@ -29,9 +31,4 @@ def _quote(document: str, spans: list[tuple[int, int]]) -> str:
 
 
 def _recall(wanted: frozenset[str], quote: str) -> float:
-    return len(wanted & _pairs(quote)) / max(len(wanted), 1)
-
-
-def _pairs(text: str) -> frozenset[str]:
-    text = "".join(text.split())
-    return frozenset(text[i : i + 2] for i in range(len(text) - 1)) or frozenset(text)
+    return len(wanted & text_pairs(quote)) / max(len(wanted), 1)

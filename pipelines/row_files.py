@@ -1,17 +1,15 @@
 """Second pass over the shards: each output file is made by one task from the lines that belong to it."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import orjson
 
-from chatglm3 import load_tokenizer
 from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text
 from pipelines.corpus import open_corpus, read_documents
 from pipelines.data_statistics import Statistics
-from pipelines.lengths import Ruler
+from pipelines.lengths import ruler_of
 from pipelines.lines import read_line
 from pipelines.recipe import Built, Kitchen, Recipe, Row, conversation_row, multidoc_rows, seed_row, triple
 from pipelines.shards import Conversation, Sample, parse_row
@@ -53,22 +51,20 @@ class Order:
 
 
 def split_into_parts(side: str, sources: np.ndarray) -> list[Part]:
-    """Parts of ROWS_PER_FILE samples. Keys are digests, so their order is a shuffle that no shard's name can change."""
-    ordered = sources[np.argsort(sources["key"], kind="stable")]
-    starts = range(0, len(ordered), ROWS_PER_FILE)
-    return [Part(side, number, ordered[start : start + ROWS_PER_FILE]) for number, start in enumerate(starts)]
+    """Parts of ROWS_PER_FILE samples, which come in the order of their keys."""
+    starts = range(0, len(sources), ROWS_PER_FILE)
+    return [Part(side, number, sources[start : start + ROWS_PER_FILE]) for number, start in enumerate(starts)]
 
 
 def write_part(part: Part, order: Order) -> Statistics:
     """Write the file of a part, and its triples if they are wanted; returns what the report needs."""
     barred = frozenset(order.dev_documents.tolist()) if part.side == "train" else frozenset()
-    kitchen = Kitchen(order.recipe, _ruler(order.tokenizer), barred)
+    kitchen = Kitchen(order.recipe, ruler_of(order.tokenizer), barred)
     built: list[list[Built]] = [[] for _ in part.sources]
     triples: list[Row | None] = [None for _ in part.sources]
     for index in np.lexsort((part.sources["offset"], part.sources["shard"])):  # in the order of the disk
         shard, offset, key, has_triple = part.sources[index].item()
-        with open(order.shards[shard], "rb") as file:
-            item = parse_row(read_line(file, offset))
+        item = parse_row(read_line(order.shards[shard], offset))
         if isinstance(item, Conversation):
             item = clean_conversation(item, order.mask_personal_data, kitchen.counts)
             built[index] = [conversation_row(item, key.decode(), kitchen)]
@@ -106,8 +102,3 @@ def one_line(row: Row) -> str:
     """A row as a line of JSON. Unicode's other line ends are escaped: many readers split there, Ray Data's too."""
     text = orjson.dumps(row).decode()
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085") + "\n"
-
-
-@lru_cache(maxsize=1)
-def _ruler(tokenizer: str) -> Ruler:
-    return Ruler(load_tokenizer(tokenizer))

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import numpy as np
 import orjson
 from rensa import RMinHash
 
-from chatglm3 import load_tokenizer
 from chatglm3.chat import render
 from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text
-from pipelines.lengths import Ruler
+from pipelines.lengths import ruler_of
 from pipelines.lines import Line, Piece, RowError, read_lines
 from pipelines.recipe import least_tokens
 from pipelines.shards import BadRow, Conversation, Sample, parse_row
@@ -135,17 +133,12 @@ def _record(line: Line, rules: Rules) -> tuple[tuple[Any, ...], str]:
 def _check_sample(sample: Sample, rules: Rules) -> None:
     if rules.preset == "chat":
         raise RowError("a document question, but --preset chat takes conversations")
-    if (least := least_tokens(sample, _ruler(rules.tokenizer))) > rules.max_tokens:
+    if (least := least_tokens(sample, ruler_of(rules.tokenizer))) > rules.max_tokens:
         raise RowError(f"question and answer take {least} tokens, --max_tokens is {rules.max_tokens}")
 
 
 def _check_conversation(conversation: Conversation, rules: Rules) -> None:
-    tokenizer: Any = _ruler(rules.tokenizer).tokenizer
+    tokenizer: Any = ruler_of(rules.tokenizer).tokenizer
     tokens = len(render(tokenizer, conversation.messages, conversation.tools)[0])
     if tokens > rules.max_tokens:
         raise RowError(f"the conversation has {tokens} tokens, --max_tokens is {rules.max_tokens}")
-
-
-@lru_cache(maxsize=1)
-def _ruler(tokenizer: str) -> Ruler:
-    return Ruler(load_tokenizer(tokenizer))

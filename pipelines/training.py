@@ -22,6 +22,7 @@ from pipelines.block_files import BlockFile
 from pipelines.model_folders import open_model
 from pipelines.packing import PackingConfig, pack_split
 from pipelines.progress import LossBoard, draw_losses
+from pipelines.step import BaseFormat
 from pipelines.worker import TrainingPlan, train_worker
 
 
@@ -55,7 +56,7 @@ class TrainConfig(Config):
     """Folder to write; OUT.run beside it holds checkpoints. Nodes of a cluster must share it."""
     prompt_format: PromptFormat = "chat"
     """chat: ChatGLM3's own turns; bare: the predecessor's plain text."""
-    base_format: Literal["nf4", "fp8", "bf16", "fp32"] = "nf4"
+    base_format: BaseFormat = "nf4"
     """Format of the frozen base. nf4: QLoRA with double quantisation, the smallest; fp8: the fastest, on GPUs of
     compute capability 8.9 and later (Ada, Hopper)."""
     lora: LoraSettings = LoraSettings()
