@@ -7,6 +7,7 @@ import argparse
 import cProfile
 import pstats
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +39,7 @@ def profile(raw: Path, tokenizer: str, num_pieces: int) -> pstats.Stats:
     files = sorted(raw.glob("*.json"))
     pieces = [(index, piece) for index, path in enumerate(files) for piece in cut(path)][:num_pieces]
     rules = Rules("multidoc", tokenizer, RECIPE.max_tokens, mask_personal_data=False)
-    examine(pieces[0][1].__class__(pieces[0][1].path, 0, 1), 0, rules)  # loads the tokenizer
+    examine(replace(pieces[0][1], end=1), 0, rules)  # loads the tokenizer
     with tempfile.TemporaryDirectory() as folder, cProfile.Profile() as profiler:
         found = join([piece for _, piece in pieces], [examine(piece, n, rules) for n, (_, piece) in enumerate(pieces)])
         shards = np.array([index for index, _ in pieces])

@@ -24,11 +24,11 @@ from chatglm3 import example_ids, load_tokenizer
 from chatglm3.documents import seed_prompt
 from pipelines.cleaning import clean_sample
 from pipelines.lengths import Ruler
-from pipelines.recipe import Kitchen, Recipe, multidoc_rows
+from pipelines.recipe import Kitchen, Recipe, hardest_first, multidoc_rows
 from pipelines.shards import Sample, parse_row
 from pipelines.survey import sample_key
 
-RECIPE = Recipe({2: 0.2, 4: 0.4, 6: 0.2, 9: 0.2}, 0.5, 0.1, 0.15, 0.05, True, 0.5, 4096, 42)
+RECIPE = Recipe({2: 0.2, 4: 0.4, 6: 0.2, 9: 0.2}, 0.5, 0.1, 0.15, 0.05, True, 0.5, 0.8, 4096, 42)
 SAMPLE_EVERY_S = 0.2
 
 
@@ -80,7 +80,7 @@ def _make_rows(batch: dict[str, list[str]], model: str) -> dict[str, list[Any]]:
         sample = parse_row(text.encode())
         assert isinstance(sample, Sample)
         sample = clean_sample(sample, True, False, kitchen.counts)
-        for built in multidoc_rows(sample, sample_key(sample), kitchen):
+        for built in multidoc_rows(sample, hardest_first(sample, kitchen), sample_key(sample), kitchen):
             made["row"].append(json.dumps(built.row, ensure_ascii=False))
             made["tokens"].append(built.tokens)
     return made

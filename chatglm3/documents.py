@@ -33,6 +33,13 @@ def seed_prompt(document: str, question: str) -> str:
     )
 
 
+def seed_document(prompt: str) -> str:
+    """The document in a `seed_prompt`; empty for another text."""
+    start, middle, end = seed_prompt("\0", "\0").split("\0")
+    document, _, question = prompt.removeprefix(start).rpartition(middle)
+    return document if prompt.startswith(start) and question.endswith(end) else ""
+
+
 def documents_prompt(documents: Sequence[str], question: str) -> str:
     """The multi-document prompt: the seed's, with numbered documents, so that answers can cite `[i]`."""
     return seed_prompt("\n".join(f"[{number}] {text}" for number, text in enumerate(documents, 1)), question)
@@ -41,7 +48,10 @@ def documents_prompt(documents: Sequence[str], question: str) -> str:
 def cited_answer(answer: str, number: int, quote: str = "") -> str:
     """The text a model learns to write when document `number` (1-based) holds `answer`: evidence first, if there is a
     `quote` of one line, then the answer."""
-    return f"原文[{number}]：{quote}\n答：{answer}" if quote else f"{answer}[{number}]"
+    if quote:
+        return f"原文[{number}]：{quote}\n答：{answer}"
+    space = " " if answer.endswith("]") else ""  # so that a number which the answer ends with is none of its citations
+    return f"{answer}{space}[{number}]"
 
 
 def parse_answer(reply: str) -> DocumentAnswer:

@@ -2,8 +2,11 @@
 
 import ast
 import json
+import keyword
 from collections.abc import Mapping
 from typing import Any
+
+import orjson
 
 from chatglm3.chat import Message
 from pipelines.lines import RowError
@@ -19,6 +22,7 @@ def messages_of(row: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None
     As in the official fine-tuning demo, a `tool` message holds a call and its result: the assistant's turn
     (metadata: the tool's name; content: the call as code) and the observation that answers it.
     """
+    _check_writable({name: row.get(name) for name in ("conversations", "tools", "instruction", "input", "output")})
     if "conversations" not in row:
         return _instruction(row), None
     turns, tools = row["conversations"], row.get("tools")
@@ -32,6 +36,14 @@ def messages_of(row: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None
     if not any(message["role"] == "assistant" and message.get("loss", True) for message in messages):
         raise RowError("conversations has no turn of the assistant to learn from")
     return messages, tools or None
+
+
+def _check_writable(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        try:
+            orjson.dumps(value)
+        except TypeError as error:  # half of a surrogate pair, a number of more than 64 bits, a depth of hundreds
+            raise RowError(f"{name} cannot be written as JSON again", f": {error}") from None
 
 
 def _instruction(row: Mapping[str, Any]) -> list[Message]:
@@ -50,7 +62,7 @@ def _turn(turn: Any, where: str) -> list[Message]:
         raise RowError(f"{where}.role is none of {', '.join(SPEAKERS)}")
     loss = turn.get("loss", True)
     if not isinstance(loss, bool):
-        raise RowError(f"{where}.loss is {loss!r}, not true or false")
+        raise RowError(f"{where}.loss is neither true nor false", f": {loss!r}")
     if turn["role"] == "tool":
         return _call(turn, where, loss)
     content, metadata = turn.get("content"), turn.get("metadata") or ""
@@ -68,8 +80,8 @@ def _call(turn: dict[str, Any], where: str, loss: bool) -> list[Message]:
     name, parameters = turn.get("name"), turn.get("parameters")
     if not isinstance(name, str) or not name.strip():
         raise RowError(f"{where}.name is missing or no text")
-    if not isinstance(parameters, dict) or not all(key.isidentifier() for key in parameters):
-        raise RowError(f"{where}.parameters is no object of named values")
+    if not isinstance(parameters, dict) or not all(k.isidentifier() and not keyword.iskeyword(k) for k in parameters):
+        raise RowError(f"{where}.parameters is no object of values with names that code can have")
     if "observation" not in turn:
         raise RowError(f"{where}.observation is missing")
     result = turn["observation"]

@@ -22,7 +22,7 @@ def write_report(folder: Path, report: Mapping[str, Any], settings: Mapping[str,
     statistics: Statistics = report["statistics"]
     numbers = {
         "dataset": report["dataset"],
-        **{name: report[name] for name in ("lines", "bad", "dropped")},
+        **{name: report[name] for name in ("lines", "files_refused", "bad", "dropped")},
         **statistics.summary(),
         "leaks": report["leaks"],
     }
@@ -44,9 +44,12 @@ def write_report(folder: Path, report: Mapping[str, Any], settings: Mapping[str,
 def _flow(numbers: Mapping[str, Any]) -> str:
     lines, rows = numbers["lines"], numbers["rows"]
     items = [
+        *([("files refused", numbers["files_refused"])] if numbers["files_refused"] else []),
         ("lines read", lines["read"]),
+        *([("blank", -lines["blank"])] if lines["blank"] else []),
         *((f"bad: {reason}", -count) for reason, count in numbers["bad"].items()),
         *((name, -count) for name, count in numbers["dropped"].items()),
+        *([("second row of a pair of twins", numbers["twins"])] if numbers["twins"] else []),
         ("rows for training", rows.get("train", 0)),
         ("rows for evaluation (dev)", rows.get("dev", 0)),
     ]
@@ -79,6 +82,12 @@ def _pictures(numbers: Mapping[str, Any], statistics: Statistics) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # Text stays text, as the browser's fonts have Chinese, and a "$" in it begins no formula.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False}):
+        return _drawn(plt, numbers, statistics)
+
+
+def _drawn(plt: Any, numbers: Mapping[str, Any], statistics: Statistics) -> str:
     prompt, answer = statistics.lengths()
     figure, axes = plt.subplots(2, 3, figsize=(14, 6.4), layout="constrained")
     (lengths, answers, kinds), (documents, places, changes) = axes
@@ -92,8 +101,7 @@ def _pictures(numbers: Mapping[str, Any], statistics: Statistics) -> str:
     _columns(places, "number of the golden document", numbers["place_of_the_golden_document"])
     _bars(changes, "dropped and changed", {**numbers["bad"], **numbers["dropped"], **numbers["changes"]})
     picture = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):  # the browser's fonts have Chinese
-        figure.savefig(picture, format="svg", metadata={"Date": None})
+    figure.savefig(picture, format="svg", metadata={"Date": None})
     plt.close(figure)
     return re.sub(r"^.*?(?=<svg)", "", picture.getvalue(), count=1, flags=re.DOTALL)
 
@@ -122,13 +130,18 @@ _SAMPLES_HINT = "<p>What the model is trained on is <mark>marked</mark>.</p>"
 def _sample(built: Built) -> str:
     row = built.row
     if "messages" in row:
-        turns = [(m["role"], m["content"], m["role"] == "assistant" and m.get("loss", True)) for m in row["messages"]]
+        turns = [(m["role"], _said(m), m["role"] == "assistant" and m.get("loss", True)) for m in row["messages"]]
     else:
         turns = [("user", row["instruction"], False), ("assistant", row["output"], True)]
     text = "".join(f"<i>{role}</i>\n{_marked(content, learned)}\n" for role, content, learned in turns)
     last = html.escape(turns[-1][1])
     title = f"{built.kind}, {built.prompt_tokens} + {built.answer_tokens} tokens"
     return f"<details><summary>{title} <mark>{last}</mark></summary><pre>{text}</pre></details>"
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """A message's content, below the name of the tool that it calls, which is learned too."""
+    return "\n".join(filter(None, (message.get("metadata"), message["content"])))
 
 
 def _marked(text: str, learned: bool) -> str:

@@ -24,6 +24,8 @@ class Statistics:
     """Rows by how many documents their prompts have."""
     places: Counter[int] = field(default_factory=Counter)
     """Rows by the golden document's number."""
+    twins: int = 0
+    """Second rows of contrastive pairs."""
     quotes: Counter[bool] = field(default_factory=Counter)
     """Answers from documents by whether they quote."""
     changes: Counter[str] = field(default_factory=Counter)
@@ -41,6 +43,7 @@ class Statistics:
         for each in built:
             found.rows[side] += 1
             found.kinds[each.kind] += 1
+            found.twins += each.kind == "twin" and each.row["golden"] is None
             if "documents" in each.row:
                 found.documents[each.row["documents"]] += 1
             if each.row.get("golden"):
@@ -58,6 +61,7 @@ class Statistics:
         """Count another part's rows too."""
         for name in ("rows", "kinds", "documents", "places", "quotes", "changes"):
             getattr(self, name).update(getattr(other, name))
+        self.twins += other.twins
         self.prompt_tokens += other.prompt_tokens
         self.answer_tokens += other.answer_tokens
         self.shown += other.shown
@@ -74,6 +78,7 @@ class Statistics:
         return {
             "rows": dict(self.rows),
             "kinds": dict(sorted(self.kinds.items())),
+            "twins": self.twins,
             "tokens": int(prompt.sum() + answer.sum()),
             "label_share": round(float(answer.sum() / max(prompt.sum() + answer.sum(), 1)), 4),
             "tokens_of_a_prompt": quantiles(prompt),

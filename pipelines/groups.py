@@ -7,15 +7,17 @@ import numpy as np
 from pipelines.cleaning import digest, text_pairs
 
 BANDS = 16
-"""Of the signature's 64 values: documents that agree in all four of a band are compared. Of pairs with a Jaccard
-similarity of 0.8 that finds 99.98 %, with 0.6 still 89 %."""
+"""Of the signature's 64 values: documents that agree in all four of a band may be compared. That holds for 99.98 % of
+the pairs with a Jaccard similarity of 0.8, and still for 89 % with 0.6."""
 SIMILAR_QUESTIONS = 0.8
 """Jaccard similarity of character pairs from which questions with the same answer in the same document are one."""
 
 
-def exact_copies(records: np.ndarray) -> np.ndarray:
-    """Mask of the records that repeat another's `key`. The one that stays is chosen by its bytes, not its place."""
-    order = np.lexsort((records["content"], records["key"]))
+def exact_copies(records: np.ndarray, replay: np.ndarray) -> np.ndarray:
+    """Mask of the records that repeat another's `key`. The one that stays is no `replay`, if there is such a one; for
+    the rest it is chosen by its bytes, not its place.
+    """
+    order = np.lexsort((records["content"], replay, records["key"]))
     keys = records["key"][order]
     copies = np.zeros(len(records), bool)
     copies[order[1:]] = keys[1:] == keys[:-1]
@@ -25,8 +27,7 @@ def exact_copies(records: np.ndarray) -> np.ndarray:
 def group_documents(records: np.ndarray, similarity: float) -> np.ndarray:
     """For each record the digest that stands for its group of equal and nearly equal documents.
 
-    It is the least digest of the group's documents, so it does not depend on the records' order. Conversations, which
-    have no document, are each a group of their own, named by their key.
+    It is the least digest of the group's documents, so it does not depend on the records' order.
     """
     documents, first, inverse = np.unique(records["document"], return_index=True, return_inverse=True)
     parents = np.arange(len(documents))
@@ -34,18 +35,18 @@ def group_documents(records: np.ndarray, similarity: float) -> np.ndarray:
         for a, b in _similar_pairs(records["signature"][first], similarity):
             _unite(parents, a, b)
     roots = np.array([_root(parents, index) for index in range(len(documents))], int)
-    groups = documents[roots][inverse] if len(documents) else documents
-    alone = records["document"] == 0
-    groups[alone] = [int(key[:16], 16) for key in records["key"][alone]]
-    return groups
+    return np.asarray(documents[roots][inverse])
 
 
 def near_copies(records: np.ndarray, groups: np.ndarray, questions: list[str]) -> np.ndarray:
-    """Mask of the records that ask a similar question, with the same answer, of the same group of documents."""
+    """Mask of the records that ask a similar question, with the same answer, of the same group of documents.
+
+    Conversations, which have no answer, are none.
+    """
     copies = np.zeros(len(records), bool)
     same = np.stack([groups, records["answer"]], axis=1)
     _, inverse, sizes = np.unique(same, axis=0, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero((sizes[inverse] > 1) & (records["document"] != 0))
+    candidates = np.flatnonzero((sizes[inverse] > 1) & (records["answer"] != 0))
     kept: defaultdict[int, list[frozenset[str]]] = defaultdict(list)
     for index in candidates[np.argsort(records["key"][candidates], kind="stable")].tolist():
         pairs, others = text_pairs(questions[index]), kept[int(inverse[index])]

@@ -68,7 +68,7 @@ def fit(documents: list[Document], budget: int, ruler: Ruler, counts: Counter[st
         else:
             counts["golden documents cut" if document.evidence else "distractors cut"] += 1
             kept.append(_cut(document, target - NUMBERING, ruler))
-    return kept
+    return [document for document in kept if document.text]
 
 
 def _shorten(lengths: list[int], golden: list[bool], budget: int) -> list[int]:
@@ -110,8 +110,11 @@ def _cut(document: Document, tokens: int, ruler: Ruler) -> Document:
         else:
             high = middle - 1
     start = _window_start(first, last, low, len(text))
-    evidence = (max(first - start, 0), min(last - start, low)) if document.evidence else None
-    return Document(text[start : start + low], evidence)
+    kept = text[start : start + low]
+    start += len(kept) - len(kept.lstrip())  # blank ends are no text
+    kept = kept.strip()
+    evidence = (max(first - start, 0), min(last - start, len(kept))) if document.evidence else None
+    return Document(kept, evidence)
 
 
 def _window_start(first: int, last: int, size: int, length: int) -> int:

@@ -1,5 +1,6 @@
 """Line files cut into byte ranges that are read alone, so that many processes can read one file of any size."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("has_trip
 
 
 class RowError(ValueError):
-    """Why a line is no row that can be used."""
+    """Why a line is no row that can be used: `kind` is the same for all such lines, `detail` is about this one."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind + detail)
+        self.kind = re.sub(r"\[\d+\]", "[]", kind)
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,28 @@ class Piece:
     path: str
     start: int
     end: int
+    name: str
+    """What errors call the file."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line and where it stands; `content` is None if it is longer than LONGEST_LINE, and was not kept."""
+    """One line and where it stands."""
 
     number: int
     """1-based, counted from the start of its piece."""
     offset: int
     """Of its first byte in the file."""
-    content: bytes | None
+    content: bytes
+    is_whole: bool = True
+    """False if it is longer than LONGEST_LINE: then `content` is just its beginning."""
 
 
-def cut(path: Path, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """Pieces that together are the whole file."""
-    size = path.stat().st_size
+def cut(path: Path, piece_bytes: int = PIECE_BYTES, name: str = "") -> list[Piece]:
+    """Pieces that together are the whole file, which errors are to call `name`."""
+    whole, size = str(path.resolve()), path.stat().st_size  # other processes may have another working directory
     starts = range(0, size, piece_bytes)
-    return [Piece(str(path), start, min(start + piece_bytes, size)) for start in starts]
+    return [Piece(whole, start, min(start + piece_bytes, size), name or path.name) for start in starts]
 
 
 def read_lines(piece: Piece) -> Iterator[Line]:
@@ -52,17 +61,18 @@ def read_lines(piece: Piece) -> Iterator[Line]:
     with open(piece.path, "rb") as file:
         if piece.start:
             file.seek(piece.start - 1)
-            _skip_line(file)  # it began before this piece; just its line end, if one stands right before
+            _skip_line(file, piece.end)  # it began before this piece; just its line end, if one stands right before
         number = 0
         while (offset := file.tell()) < piece.end:
             number += 1
             content = file.readline(LONGEST_LINE)
-            if len(content) == LONGEST_LINE and not content.endswith(b"\n"):
-                del content
-                _skip_line(file)
-                yield Line(number, offset, None)
-            else:
-                yield Line(number, offset, content.removeprefix(_BOM) if offset == 0 else content)
+            if not content:
+                break  # the file became shorter while it was read
+            is_whole = len(content) < LONGEST_LINE or content.endswith(b"\n")
+            if not is_whole:
+                content = content[:1000]
+                _skip_line(file, piece.end)
+            yield Line(number, offset, content.removeprefix(_BOM) if offset == 0 else content, is_whole)
 
 
 def read_line(path: str, offset: int) -> bytes:
@@ -73,6 +83,7 @@ def read_line(path: str, offset: int) -> bytes:
     return content.removeprefix(_BOM) if offset == 0 else content
 
 
-def _skip_line(file: BinaryIO) -> None:
-    while (part := file.readline(1 << 20)) and not part.endswith(b"\n"):
+def _skip_line(file: BinaryIO, end: int) -> None:
+    """Go behind the line's end, or behind byte `end` if the line is not over there."""
+    while file.tell() < end and (part := file.readline(1 << 20)) and not part.endswith(b"\n"):
         pass

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipelines import groups
+from pipelines.cleaning import digest
 from pipelines.lines import SOURCE
 from pipelines.row_files import Part, split_into_parts
 from pipelines.survey import Findings
@@ -29,7 +30,8 @@ class Plan:
     order: np.ndarray
     """Index into the findings' records of each sample, part by part."""
     dev_documents: np.ndarray
-    """Digests of the documents in groups of the dev side: training must not see them."""
+    """Digests of the documents in groups of the dev side: training must not see them. Copies that were dropped count
+    too."""
     golden: dict[str, GoldenDocuments]
     """By side."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -51,7 +53,7 @@ def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: i
     records = found.records
     shards = shard_of_piece[records["piece"]]
     replay = shards >= first_replay_shard
-    copies = groups.exact_copies(records)
+    copies = groups.exact_copies(records, replay)
     group = groups.group_documents(records, choices.near_copies)
     near = np.zeros(len(records), bool)
     if choices.near_copies < 1:
@@ -59,28 +61,27 @@ def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: i
         near[kept] = groups.near_copies(records[kept], group[kept], [found.questions[i] for i in kept])
     used = ~copies & ~near
     is_dev = groups.on_dev_side(group, choices.dev_share, choices.seed) & ~replay
-    drawn = _draw(records["key"], used & replay, int((used & ~replay & ~is_dev).sum()), choices)
+    withheld = replay & np.isin(group, group[is_dev])
+    drawn = _draw(records["key"], used & replay & ~withheld, int((used & ~replay & ~is_dev).sum()), choices)
     train, dev = used & ~is_dev & (~replay | drawn), used & is_dev
     sources = np.zeros(len(records), SOURCE)
     sources["shard"], sources["offset"], sources["key"] = shards, records["offset"], records["key"]
-    sources["has_triple"] = _first_of_its_kind(records)
+    sources["has_triple"] = _first_of_its_kind(records, train | dev)
     # Keys are digests, so their order is a shuffle that no shard's name can change.
     indices = [mask[np.argsort(records["key"][mask], kind="stable")] for mask in map(np.flatnonzero, (train, dev))]
     parts = [split_into_parts(side, sources[where]) for side, where in zip(("train", "dev"), indices, strict=True)]
     dropped = Counter({"exact copies": int(copies.sum()), "near copies": int(near.sum())})
     if replay.any():
-        dropped["replay not drawn"] = int((used & replay & ~drawn).sum())
-    has_document = records["document"] != 0
+        dropped["replay that shows the dev side"] = int((used & withheld).sum())
+        dropped["replay not drawn"] = int((used & replay & ~drawn & ~withheld).sum())
+    is_question = records["answer"] != 0
     return Plan(
         [part for side in parts for part in side],
         np.concatenate(indices),
-        np.unique(records["document"][is_dev & has_document]),
-        {
-            side: _golden(records, group, sources, mask & has_document)
-            for side, mask in (("train", train), ("dev", dev))
-        },
+        np.unique(records["document"][is_dev]),
+        {side: _golden(records, group, sources, mask & is_question) for side, mask in (("train", train), ("dev", dev))},
         dropped,
-        _leaks(records, group, train & has_document, dev & has_document),
+        _leaks(records, group, train, dev),
     )
 
 
@@ -92,17 +93,22 @@ def _golden(records: np.ndarray, group: np.ndarray, sources: np.ndarray, mask: n
 
 
 def _draw(keys: np.ndarray, candidates: np.ndarray, rows: int, choices: Choices) -> np.ndarray:
-    """Mask of as many candidates as make `replay_share` of all, or of all of them if there are fewer."""
+    """Mask of as many candidates as make `replay_share` of all, or of all of them if there are fewer.
+
+    Rows stand in the order of their keys, so the draw goes by another digest: it is to be spread over them.
+    """
     wanted = round(rows * choices.replay_share / (1 - choices.replay_share))
     where = np.flatnonzero(candidates)
+    lots = np.array([digest(f"{choices.seed}:{key.decode()}") for key in keys[where].tolist()], np.uint64)
     drawn = np.zeros(len(keys), bool)
-    drawn[where[np.argsort(keys[where], kind="stable")[:wanted]]] = True  # keys are digests: their order is random
+    drawn[where[np.argsort(lots, kind="stable")[:wanted]]] = True
     return drawn
 
 
-def _first_of_its_kind(records: np.ndarray) -> np.ndarray:
-    """Mask of one record for each pair of question and document."""
-    order = np.argsort(records["key"], kind="stable")
+def _first_of_its_kind(records: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Mask of one record for each pair of question and document, among those that are `kept`."""
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(records["key"][order], kind="stable")]
     _, first = np.unique(records["pair"][order], return_index=True)
     mask = np.zeros(len(records), bool)
     mask[order[first]] = True

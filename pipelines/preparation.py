@@ -1,9 +1,10 @@
 """Raw question-answer shards in; checked, cleaned, split training rows and a report to look at out."""
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -26,7 +27,7 @@ from pipelines.planning import Choices, Plan, make_plan
 from pipelines.recipe import Recipe
 from pipelines.row_files import Order, one_line, write_part
 from pipelines.shards import BadRow, find_shards, unreadable
-from pipelines.streaming import stream
+from pipelines.streaming import Item, Result, stream
 from pipelines.survey import Findings, Rules, examine, join
 
 
@@ -111,15 +112,14 @@ def prepare(config: PrepareConfig) -> str:
     """Turn raw shards into training rows and return the data folder."""
     storage.check_output(config.out, "prepare", filter(None, (config.raw, config.replay)))
     shards = find_shards(config.raw, config.jsonl)
-    replay = find_shards(config.replay, jsonl=True) if config.replay else []
+    replay = find_shards(config.replay, jsonl=True, flag="--replay") if config.replay else []
     tokenizer = load_tokenizer(config.tokenizer).fingerprint
     session.connect()
     files = [*shards, *replay]
     receipt = storage.receipt_of("prepare", config)
-    with storage.publish(config.out, receipt) as folder, ThreadPoolExecutor(1) as beside:
-        digests = beside.map(storage.file_digest, files)
+    with storage.publish(config.out, receipt) as folder, _beside(storage.file_digest, files) as digests:
         report = write_data(config, files, len(shards), folder)
-        receipt.inputs.update(zip(map(str, files), digests, strict=True))
+        receipt.inputs.update(zip(_names(files, 0), digests, strict=True))
         dataset = _dataset_digest(folder)
         write_report(folder, {"dataset": dataset, **report}, config.model_dump())
         receipt.facts.update(preset=config.preset, prompt_digest=format_digest(), tokenizer=tokenizer, dataset=dataset)
@@ -133,20 +133,22 @@ def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: P
 
     `files` are the raw shards and, from the `num_raw`th on, those to replay. Raises StageError for too bad input.
     """
-    reasons = [unreadable(path) for path in files]
-    refused = [BadRow(path.name, 0, reason, "") for path, reason in zip(files, reasons, strict=True) if reason]
+    names, reasons = _names(files, num_raw), [unreadable(path) for path in files]
+    refused = [BadRow(name, 0, why, "", why) for name, why in zip(names, reasons, strict=True) if why]
     if refused and config.strict:
         _refuse(refused[0])
-    pieces = [(index, piece) for index, path in enumerate(files) if not reasons[index] for piece in cut(path)]
+    readable = [index for index, reason in enumerate(reasons) if not reason]
+    pieces = [(index, piece) for index in readable for piece in cut(files[index], name=names[index])]
     found = survey_pieces(config, pieces, num_raw)
     found.bad = [*refused, *found.bad]
-    _check_share(config, files, refused, found)
+    sizes = [path.stat().st_size for path in files]
+    _check_share(config, found, 1 - sum(sizes[index] for index in readable) / max(sum(sizes), 1))
     shard_of_piece = np.array([index for index, _ in pieces], int)
     plan = make_plan(found, shard_of_piece, num_raw, Choices(**config.model_dump(include=_fields(Choices))))
     if not any(part.side == "train" for part in plan.parts):
         raise StageError(f"--raw {config.raw}: no row is left for training; look at the shards or lower --dev_share")
     _write_lines(folder / "quarantine.jsonl", (asdict(row) for row in found.bad))
-    _write_lines(folder / "sources.jsonl", _sources(plan, found, [files[i].name for i in shard_of_piece]))
+    _write_lines(folder / "sources.jsonl", _sources(plan, found, [piece.name for _, piece in pieces]))
     for side in ("train", "dev"):
         (folder / side).mkdir()
     statistics = Statistics()
@@ -155,8 +157,14 @@ def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: P
         for part in stream(write_part, plan.parts, "write rows", config.workers, order=order):
             statistics.add(part)
     return {
-        "lines": {"read": found.lines, "good": len(found.records), "bad": len(found.bad)},
-        "bad": dict(Counter(row.reason for row in found.bad).most_common()),
+        "lines": {
+            "read": found.lines,
+            "blank": found.blank,
+            "good": len(found.records),
+            "bad": len(found.bad) - len(refused),
+        },
+        "files_refused": len(refused),
+        "bad": dict(Counter(row.kind for row in found.bad if row.line).most_common()),
         "dropped": dict(plan.dropped),
         "leaks": plan.leaks | {"dev_documents_in_training_prompts": statistics.documents_seen(plan.dev_documents)},
         "statistics": statistics,
@@ -181,6 +189,24 @@ def survey_pieces(config: PrepareConfig, pieces: list[tuple[int, Piece]], num_ra
 _LENGTH = {"tokenizer", "max_tokens", "mask_personal_data"}
 
 
+def _names(files: list[Path], num_raw: int) -> list[str]:
+    """What reports call the files: raw shards by their names, the others by their paths."""
+    # A file's name may be any bytes, and is to be written as UTF-8.
+    names = [path.name if index < num_raw else str(path) for index, path in enumerate(files)]
+    return [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
+
+
+@contextmanager
+def _beside(function: Callable[[Item], Result], items: list[Item]) -> Iterator[Iterator[Result]]:
+    """The results of `function`, which a thread works at meanwhile; after an error the rest is left undone."""
+    thread = ThreadPoolExecutor(1)
+    futures = [thread.submit(function, item) for item in items]
+    try:
+        yield (future.result() for future in futures)
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
 def _examine(job: tuple[int, Piece, Rules]) -> Findings:
     number, piece, rules = job
     return examine(piece, number, rules)
@@ -190,14 +216,11 @@ def _refuse(row: BadRow) -> NoReturn:
     raise StageError(f"{row.place}: {row.reason}; mend the row, or leave out --strict to quarantine it")
 
 
-def _check_share(config: PrepareConfig, files: list[Path], refused: list[BadRow], found: Findings) -> None:
-    """Raise StageError where too many rows are bad, or too many bytes lie in files that cannot be read."""
+def _check_share(config: PrepareConfig, found: Findings, unreadable_share: float) -> None:
+    """Raise StageError where too many rows are bad, or too great a share of the bytes lies in unreadable files."""
     rows = len(found.records) + len(found.bad)
-    names = {row.file for row in refused}
-    sizes = {path.name: path.stat().st_size for path in files}
-    share = max(len(found.bad) / max(rows, 1), sum(sizes[name] for name in names) / max(sum(sizes.values()), 1))
-    if share > config.max_bad_share:
-        reasons = ", ".join(f"{count} x {why}" for why, count in Counter(b.reason for b in found.bad).most_common(3))
+    if max(len(found.bad) / max(rows, 1), unreadable_share) > config.max_bad_share:
+        reasons = ", ".join(f"{count} x {why}" for why, count in Counter(b.kind for b in found.bad).most_common(3))
         raise StageError(
             f"--raw {config.raw}: {len(found.bad)} of {rows} rows are bad ({reasons}; the first is "
             f"{found.bad[0].place}); mend them or raise --max_bad_share {config.max_bad_share}"

@@ -2,8 +2,9 @@
 
 import random
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from chatglm3.documents import REFUSAL, cited_answer, documents_prompt, seed_pro
 from pipelines.cleaning import Candidate, digest, plain_text, usable_distractors
 from pipelines.lengths import NUMBERING, SHORTEST_DOCUMENT, Document, Ruler, fit
 from pipelines.mining import bm25
-from pipelines.quotes import find_quote
+from pipelines.quotes import find_answer, find_quote
 from pipelines.shards import Conversation, Sample
 
 Row = dict[str, Any]
@@ -30,6 +31,7 @@ class Recipe:
     twin_share: float
     quotes: bool
     quote_recall: float
+    near_copies: float
     max_tokens: int
     seed: int
 
@@ -65,20 +67,23 @@ class Kitchen:
 
 
 def least_tokens(sample: Sample, ruler: Ruler) -> int:
-    """What the sample's row takes at least, with its documents cut as far as they may be."""
+    """What the sample's row takes at least, with its documents cut as far as they may be: not below the answer."""
     answer = max(sample.answer, REFUSAL, key=ruler.tokens)
-    return ruler.example(documents_prompt([], sample.question), answer) + SHORTEST_DOCUMENT + 2 * NUMBERING
+    shortest = max(SHORTEST_DOCUMENT, ruler.tokens(sample.answer) if sample.answer in sample.positive else 0)
+    return ruler.example(documents_prompt([], sample.question), answer) + shortest + 3 * NUMBERING
 
 
-def seed_row(sample: Sample, kitchen: Kitchen) -> Built:
+def seed_row(sample: Sample, key: str, kitchen: Kitchen) -> Built:
     """The predecessor's row: the positive document alone, character for character unless it is too long."""
-    evidence = _evidence(sample.positive, "", sample.answer)
-    budget = kitchen.recipe.max_tokens - kitchen.ruler.example(seed_prompt("", sample.question), sample.answer)
-    document = sample.positive
-    if kitchen.ruler.tokens(document) > budget:
-        document = fit([Document(document, evidence)], budget, kitchen.ruler, kitchen.counts)[0].text
-    prompt = seed_prompt(document, sample.question)
-    return _built({"instruction": prompt, "output": sample.answer}, "seed", kitchen.ruler)
+
+    def compose(documents: list[Document]) -> Built:
+        row = {"instruction": seed_prompt(documents[0].text, sample.question), "output": sample.answer, "id": key}
+        return _built(row, "seed", kitchen.ruler)
+
+    overhead = kitchen.ruler.example(seed_prompt("", sample.question), sample.answer)
+    built = _fitted([Document(sample.positive, _evidence(sample))], compose, overhead, "", kitchen)
+    assert built, "the first pass lets no row through that cannot be cut to fit"
+    return built
 
 
 def conversation_row(conversation: Conversation, key: str, kitchen: Kitchen) -> Built:
@@ -86,22 +91,30 @@ def conversation_row(conversation: Conversation, key: str, kitchen: Kitchen) -> 
     messages = conversation.messages
     is_plain = not conversation.tools and all(set(message) == {"role", "content"} for message in messages)
     if is_plain and [message["role"] for message in messages] == ["user", "assistant"]:
-        row = {"instruction": messages[0]["content"], "output": messages[1]["content"]}
+        row = {"instruction": messages[0]["content"], "output": messages[1]["content"], "id": key}
         return _built(row, "conversation", kitchen.ruler)
     ids, is_target = render(kitchen.ruler.tokenizer, messages, conversation.tools)  # type: ignore[arg-type]
     row = {"messages": messages, **({"tools": conversation.tools} if conversation.tools else {}), "id": key}
     return Built(row, "conversation", len(ids) - sum(is_target), sum(is_target))
 
 
-def multidoc_rows(sample: Sample, key: str, kitchen: Kitchen) -> list[Built]:
+def hardest_first(sample: Sample, kitchen: Kitchen) -> list[Candidate]:
+    """The sample's usable distractors: those that the data marks as hard, then the others; either by BM25."""
+    distractors = usable_distractors(sample, kitchen.barred, kitchen.recipe.near_copies, kitchen.counts)
+    scores = bm25(plain_text(sample.question), [distractor.plain for distractor in distractors])
+    order = sorted(range(len(distractors)), key=lambda i: (not distractors[i].marked, -scores[i], distractors[i].plain))
+    return [distractors[index] for index in order]
+
+
+def multidoc_rows(sample: Sample, ranked: Sequence[Candidate], key: str, kitchen: Kitchen) -> list[Built]:
     """One row, or a pair of contrastive twins: golden document among distractors, alone, or missing.
 
+    `ranked` are the distractors as `hardest_first` gives them.
     The choice depends on the sample's own text and the recipe alone (`key` stands for both), so it is the same in
     every run and order.
     """
     recipe = kitchen.recipe
     chance = random.Random(f"{recipe.seed}:{key}")
-    ranked = _hardest_first(sample, usable_distractors(sample, kitchen.barred, kitchen.counts))
     golden = Candidate(sample.positive, plain_text(sample.positive), marked=False)
     kind = _kind(recipe, bool(ranked), chance)
     count = _count(recipe, chance)
@@ -122,19 +135,11 @@ def multidoc_rows(sample: Sample, key: str, kitchen: Kitchen) -> list[Built]:
     return rows
 
 
-def triple(sample: Sample, negatives: int, kitchen: Kitchen) -> Row | None:
-    """The question, its document and its hardest distractors, to train a retriever on; None without distractors."""
-    ranked = _hardest_first(sample, usable_distractors(sample, kitchen.barred, Counter()))
-    if not ranked:
+def triple(sample: Sample, hardest: Sequence[Candidate]) -> Row | None:
+    """The question, its document and hard distractors, to train a retriever on; None without distractors."""
+    if not hardest:
         return None
-    return {"query": sample.question, "pos": [sample.positive], "neg": [d.text for d in ranked[:negatives]]}
-
-
-def _hardest_first(sample: Sample, distractors: Sequence[Candidate]) -> list[Candidate]:
-    """Those that the data marks as hard, then the others; either by BM25 for the question."""
-    scores = bm25(plain_text(sample.question), [distractor.plain for distractor in distractors])
-    order = sorted(range(len(distractors)), key=lambda i: (not distractors[i].marked, -scores[i], distractors[i].plain))
-    return [distractors[index] for index in order]
+    return {"query": sample.question, "pos": [sample.positive], "neg": [candidate.text for candidate in hardest]}
 
 
 def _kind(recipe: Recipe, has_distractors: bool, chance: random.Random) -> Kind:
@@ -144,7 +149,7 @@ def _kind(recipe: Recipe, has_distractors: bool, chance: random.Random) -> Kind:
     for kind, limit in zip(kinds, accumulate(shares), strict=True):
         if drawn < limit:
             return kind if has_distractors else "golden alone"
-    return "golden among distractors"
+    return "golden among distractors" if has_distractors else "golden alone"
 
 
 def _count(recipe: Recipe, chance: random.Random) -> int:
@@ -169,51 +174,75 @@ def _choose(ranked: Sequence[Candidate], count: int, hard_share: float, chance: 
 
 def _row(sample: Sample, key: str, kind: Kind, texts: list[Candidate], golden: int | None, kitchen: Kitchen) -> Built:
     """The row of these documents, cut to fit. `golden` is the index of the one that holds the answer, if one does."""
-    recipe, ruler = kitchen.recipe, kitchen.ruler
     kitchen.shown += [digest(text.plain) for text in texts]
     documents = [Document(text.text) for text in texts]
-    quote = None
-    if golden is not None:
-        quote = find_quote(sample.answer, sample.positive, recipe.quote_recall) if recipe.quotes else None
-        documents[golden].evidence = _evidence(sample.positive, quote, sample.answer)
-    built = _compose(sample, key, kind, documents, quote, ruler)
-    room = recipe.max_tokens - ruler.example(documents_prompt([], sample.question), built.row["output"])
-    cuts: Counter[str] = Counter()
-    while built.tokens > recipe.max_tokens and room > -recipe.max_tokens:
-        if quote and room < SHORTEST_DOCUMENT + NUMBERING:
-            quote = ""
-        cuts.clear()
-        built = _compose(sample, key, kind, fit(documents, room, ruler, cuts), quote, ruler)
-        room -= NUMBERING  # where texts are joined there may be a token more than in each alone
-    kitchen.counts += cuts
+    empty = documents_prompt([], sample.question)
+
+    def row(output: str, quote: str = "") -> Built | None:
+        compose = partial(_compose, sample, key, kind, quote, kitchen)
+        return _fitted(documents, compose, kitchen.ruler.example(empty, output), quote, kitchen)
+
+    built = None
+    if golden is None:
+        built = row(REFUSAL)
+    elif kitchen.recipe.quotes:
+        span = find_quote(sample.question, sample.answer, sample.positive, kitchen.recipe.quote_recall)
+        if span:
+            documents[golden].evidence = span
+            quote = sample.positive[slice(*span)]
+            built = row(cited_answer(sample.answer, len(texts), quote), quote)
+    if golden is not None and not built:
+        documents[golden].evidence = _evidence(sample)
+        built = row(cited_answer(sample.answer, len(texts)))
+    assert built, "the first pass lets no row through that cannot be cut to fit"
     return built
 
 
-def _compose(sample: Sample, key: str, kind: Kind, documents: list[Document], quote: str | None, ruler: Ruler) -> Built:
-    """The row of documents that fit. `quote` is what the answer quotes: empty for nothing, None if not asked for."""
+def _evidence(sample: Sample) -> tuple[int, int]:
+    """Where the answer stands in the positive document, or its beginning."""
+    start = len(sample.positive) - len(sample.positive.lstrip())
+    return find_answer(sample.question, sample.answer, sample.positive) or (start, start)
+
+
+def _fitted(
+    documents: list[Document],
+    compose: Callable[[list[Document]], Built],
+    overhead: int,
+    needed: str,
+    kitchen: Kitchen,
+) -> Built | None:
+    """The row that `compose` makes of the documents, which are cut if it would be too long.
+
+    `overhead` is what it takes without them, in tokens. None if no document keeps the words that are `needed`.
+    """
+    limit, cuts, kept = kitchen.recipe.max_tokens, Counter[str](), documents
+    # Where texts are joined there may be a token more than in each alone: then a little less room is tried.
+    for room in range(limit - overhead, 0, -NUMBERING):
+        if not any(needed in document.text for document in kept):
+            return None
+        built = compose(kept)
+        if built.tokens <= limit:
+            kitchen.counts += cuts
+            return built
+        cuts.clear()
+        kept = fit(documents, room, kitchen.ruler, cuts)
+    return None
+
+
+def _compose(sample: Sample, key: str, kind: Kind, quote: str, kitchen: Kitchen, documents: list[Document]) -> Built:
+    """The row of documents that fit. `quote` is what the answer quotes; empty for nothing."""
     golden = next((number for number, document in enumerate(documents, 1) if document.evidence), None)
     row: Row = {"instruction": documents_prompt([document.text for document in documents], sample.question)}
     quoted = None
     if golden is None:
         row |= {"output": REFUSAL, "answer": REFUSAL}
     else:
-        # A document that had to be cut to less than its evidence cannot be quoted.
-        found = quote if quote and quote in documents[golden - 1].text else ""
-        row |= {"output": cited_answer(sample.answer, golden, found), "answer": sample.answer}
-        quoted = None if quote is None else bool(found)
+        row |= {"output": cited_answer(sample.answer, golden, quote), "answer": sample.answer}
+        quoted = bool(quote) if kitchen.recipe.quotes else None
     row |= {"golden": golden, "documents": len(documents), "id": key}
-    return _built(row, kind, ruler, quoted)
+    return _built(row, kind, kitchen.ruler, quoted)
 
 
 def _built(row: Row, kind: Kind, ruler: Ruler, quoted: bool | None = None) -> Built:
     answer = ruler.tokens(row["output"]) + 1  # and the token that ends the turn
     return Built(row, kind, ruler.example(row["instruction"], row["output"]) - answer, answer, quoted)
-
-
-def _evidence(document: str, quote: str | None, answer: str) -> tuple[int, int]:
-    """Where in the document the quote, or else the answer, stands; its start if neither does."""
-    for text in (quote, answer):
-        start = document.find(text) if text else -1
-        if start >= 0:
-            return start, start + len(text)
-    return 0, 0

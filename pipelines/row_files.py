@@ -1,5 +1,6 @@
 """Second pass over the shards: each output file is made by one task from the lines that belong to it."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,17 @@ from pipelines.corpus import open_corpus, read_documents
 from pipelines.data_statistics import Statistics
 from pipelines.lengths import ruler_of
 from pipelines.lines import read_line
-from pipelines.recipe import Built, Kitchen, Recipe, Row, conversation_row, multidoc_rows, seed_row, triple
+from pipelines.recipe import (
+    Built,
+    Kitchen,
+    Recipe,
+    Row,
+    conversation_row,
+    hardest_first,
+    multidoc_rows,
+    seed_row,
+    triple,
+)
 from pipelines.shards import Conversation, Sample, parse_row
 
 ROWS_PER_FILE = 500
@@ -49,6 +60,11 @@ class Order:
     corpus: str = ""
     """Folder with an index of each side's golden documents to draw hard distractors from; empty for none."""
 
+    @property
+    def composes(self) -> bool:
+        """Whether texts are brought to NFC and stripped: not where the row is to be the predecessor's."""
+        return self.preset != "seed"
+
 
 def split_into_parts(side: str, sources: np.ndarray) -> list[Part]:
     """Parts of ROWS_PER_FILE samples, which come in the order of their keys."""
@@ -66,16 +82,19 @@ def write_part(part: Part, order: Order) -> Statistics:
         shard, offset, key, has_triple = part.sources[index].item()
         item = parse_row(read_line(order.shards[shard], offset))
         if isinstance(item, Conversation):
-            item = clean_conversation(item, order.mask_personal_data, kitchen.counts)
+            item = clean_conversation(item, order.composes, order.mask_personal_data, kitchen.counts)
             built[index] = [conversation_row(item, key.decode(), kitchen)]
             continue
-        item = clean_sample(item, order.preset != "seed", order.mask_personal_data, kitchen.counts)
+        item = clean_sample(item, order.composes, order.mask_personal_data, kitchen.counts)
+        kitchen.counts += Counter({"questions after the first of a row, not used": item.unused_pairs})
         if order.corpus:
             item = _with_neighbours(item, part.side, order)
-        is_seed = order.preset == "seed"
-        built[index] = [seed_row(item, kitchen)] if is_seed else multidoc_rows(item, key.decode(), kitchen)
-        if order.negatives and has_triple:
-            triples[index] = triple(item, order.negatives, kitchen)
+        is_seed, wants_triple = order.preset == "seed", order.negatives and has_triple
+        ranked = hardest_first(item, kitchen) if wants_triple or not is_seed else []
+        name = key.decode()
+        built[index] = [seed_row(item, name, kitchen)] if is_seed else multidoc_rows(item, ranked, name, kitchen)
+        if wants_triple:
+            triples[index] = triple(item, ranked[: order.negatives])
     rows = [each for group in built for each in group]
     _write(Path(order.folder, part.name), [each.row for each in rows])
     if order.negatives:

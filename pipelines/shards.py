@@ -14,7 +14,7 @@ import orjson
 from chatglm3.chat import Message
 from cluster.errors import StageError
 from pipelines.conversations import messages_of
-from pipelines.lines import LONGEST_LINE, RowError
+from pipelines.lines import RowError
 
 _NOT_TEXT = {
     b"\x1f\x8b": "a gzip file; unpack it",
@@ -35,6 +35,8 @@ class Sample:
     negatives: tuple[str, ...]
     hard: frozenset[str] = frozenset()
     """Those of `negatives` that the data marks as hard: similar to the positive document."""
+    unused_pairs: int = 0
+    """Questions in the row after its first, which are not used."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class BadRow:
     line: int
     reason: str
     raw: str
+    kind: str
+    """The reason without what is about this row alone."""
 
     @property
     def place(self) -> str:
@@ -60,16 +64,20 @@ class BadRow:
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
-def find_shards(folder: str, jsonl: bool = False) -> list[Path]:
-    """The `*.json` files (and `*.jsonl`, when asked) directly in `folder`, sorted. Raises StageError without any."""
+def find_shards(folder: str, jsonl: bool = False, flag: str = "--raw") -> list[Path]:
+    """The `*.json` files (and `*.jsonl`, when asked) directly in `folder`, sorted. Raises StageError without any,
+    which names the folder by its `flag`.
+    """
     suffixes = (".json", ".jsonl") if jsonl else (".json",)
     if not Path(folder).is_dir():
-        raise StageError(f"--raw {folder}: there is no such folder; it must hold shards named *.json")
+        raise StageError(f"{flag} {folder}: there is no such folder; it must hold shards named *.json")
     files = sorted(path for path in Path(folder).iterdir() if path.is_file())
     if shards := [path for path in files if path.suffix in suffixes]:
         return shards
     hint = "; to read the *.jsonl files in it, add --jsonl" if any(path.suffix == ".jsonl" for path in files) else ""
-    raise StageError(f"--raw {folder} holds no *.json file; shards are JSON Lines files whose names end in .json{hint}")
+    raise StageError(
+        f"{flag} {folder} holds no *.json file; shards are JSON Lines files whose names end in .json{hint}"
+    )
 
 
 def unreadable(path: Path) -> str:
@@ -79,7 +87,7 @@ def unreadable(path: Path) -> str:
     return next((f"the file is {what}" for magic, what in _NOT_TEXT.items() if start.startswith(magic)), "")
 
 
-def parse_row(content: bytes | None, with_negatives: bool = True) -> Sample | Conversation:
+def parse_row(content: bytes, with_negatives: bool = True) -> Sample | Conversation:
     """One line, checked. Raises RowError that says what is wrong with it.
 
     Reading a hundred negatives takes longer than parsing their JSON, so who needs none may do without.
@@ -93,15 +101,14 @@ def parse_row(content: bytes | None, with_negatives: bool = True) -> Sample | Co
     if not isinstance(items, list):
         raise RowError("negative_doc is not a list")
     negatives, hard = _negatives(items if with_negatives else [])
-    return Sample(_text(pair, "question", "QA[0]"), _text(pair, "answer", "QA[0]"), positive, negatives, hard)
+    question, answer = _text(pair, "question", "QA[0]"), _text(pair, "answer", "QA[0]")
+    return Sample(question, answer, positive, negatives, hard, len(row["QA"]) - 1)
 
 
-def _object(content: bytes | None) -> dict[str, Any]:
-    if content is None:
-        raise RowError(f"the line is longer than {LONGEST_LINE >> 20} MiB")
+def _object(content: bytes) -> dict[str, Any]:
     try:
         row = orjson.loads(content)
-    except ValueError:  # the slower parser takes NaN in a field that nobody reads, and says more of what is wrong
+    except ValueError:  # the slower parser takes NaN, as null, and says more of what is wrong
         row = _parse_slowly(content)
     if not isinstance(row, dict):
         raise RowError(f"a JSON {type(row).__name__}, not an object")
@@ -110,13 +117,14 @@ def _object(content: bytes | None) -> dict[str, Any]:
 
 def _parse_slowly(content: bytes) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), parse_constant=lambda name: None)
     except UnicodeDecodeError as error:
-        raise RowError(f"not UTF-8: byte {content[error.start]:#04x} at position {error.start + 1}") from None
+        place = f"byte {content[error.start]:#04x} at position {error.start + 1}"
+        raise RowError("not UTF-8", f": {place}") from None
     except RecursionError:
         raise RowError("nested too deeply") from None
     except ValueError as error:
-        raise RowError(f"not JSON: {error}") from None
+        raise RowError("not JSON", f": {error}") from None
 
 
 def _first(row: dict[str, Any], field: str) -> dict[str, Any]:

@@ -3,22 +3,22 @@
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 from rensa import RMinHash
 
+from chatglm3 import ModelError
 from chatglm3.chat import render
-from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text
+from chatglm3.documents import seed_document
+from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text, shingles
 from pipelines.lengths import ruler_of
-from pipelines.lines import Line, Piece, RowError, read_lines
+from pipelines.lines import LONGEST_LINE, Line, Piece, RowError, read_lines
 from pipelines.recipe import least_tokens
 from pipelines.shards import BadRow, Conversation, Sample, parse_row
 
 PERMUTATIONS = 64
-SHINGLE = 5  # characters
 RECORD = np.dtype(
     [
         ("piece", "u4"),
@@ -34,7 +34,7 @@ RECORD = np.dtype(
 )
 """What is kept of a good line, 0.3 kB: where it stands, a digest of its bytes, `key` (the sample's identity), digests
 of its document, of its answer and of its question with its document, all as plain text, and the document's MinHash.
-A conversation has none of these: 0."""
+A conversation has no answer and no pair: 0. Its document is `document_of` it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Findings:
     """What is in a piece, or in all of them."""
 
     lines: int = 0
+    blank: int = 0
+    """How many of the lines are empty."""
     records: np.ndarray = field(default_factory=lambda: np.empty(0, RECORD))
     questions: list[str] = field(default_factory=list)
     """Of each record: letters and digits alone."""
@@ -64,13 +66,14 @@ def examine(piece: Piece, index: int, rules: Rules) -> Findings:
     records = []
     for line in read_lines(piece):
         findings.lines = line.number
-        if line.content is not None and not line.content.strip():
+        if not line.content.strip():
+            findings.blank += 1
             continue
         try:
             record, question = _record(line, rules)
         except RowError as error:
-            raw = (line.content or b"")[:200].decode("utf-8", "replace")
-            findings.bad.append(BadRow(Path(piece.path).name, line.number, str(error), raw))
+            raw = line.content[:200].decode("utf-8", "replace")
+            findings.bad.append(BadRow(piece.name, line.number, str(error), raw, error.kind))
         else:
             records.append((index, line.number, line.offset, *record))
             findings.questions.append(question)
@@ -89,6 +92,7 @@ def join(pieces: list[Piece], found: list[Findings]) -> Findings:
         whole.questions += part.questions
         before += part.lines
         whole.lines += part.lines
+        whole.blank += part.blank
     whole.records = np.concatenate([part.records for part in found]) if found else whole.records
     return whole
 
@@ -96,7 +100,7 @@ def join(pieces: list[Piece], found: list[Findings]) -> Findings:
 def signature(text: str) -> np.ndarray:
     """MinHash (Broder, 1997) of a text's runs of SHINGLE characters, [PERMUTATIONS] of uint32."""
     minhash = RMinHash(num_perm=PERMUTATIONS, seed=1)
-    minhash.update([text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))])
+    minhash.update(shingles(text))
     return np.array(minhash.digest(), np.uint32)
 
 
@@ -110,20 +114,31 @@ def conversation_key(conversation: Conversation) -> str:
     return _key(orjson.dumps([conversation.messages, conversation.tools], option=orjson.OPT_SORT_KEYS))
 
 
+def document_of(conversation: Conversation) -> str:
+    """What a conversation's side of the split depends on: the document of a prompt of the `seed` preset, otherwise
+    the user's first message.
+    """
+    texts = [message["content"] for message in conversation.messages if message["role"] == "user"]
+    first = texts[0] if texts else conversation.messages[0]["content"]
+    return seed_document(first) or first
+
+
 def _key(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
 def _record(line: Line, rules: Rules) -> tuple[tuple[Any, ...], str]:
+    if not line.is_whole:
+        raise RowError(f"the line is longer than {LONGEST_LINE >> 20} MiB")
     row = parse_row(line.content, with_negatives=False)
-    content = int.from_bytes(blake2b((line.content or b"").strip(), digest_size=8).digest())
+    content = int.from_bytes(blake2b(line.content.strip(), digest_size=8).digest())
+    cleaning = rules.preset != "seed", rules.mask_personal_data, Counter[str]()
     if isinstance(row, Conversation):
-        row = clean_conversation(row, rules.mask_personal_data, Counter())
+        row = clean_conversation(row, *cleaning)
         _check_conversation(row, rules)
-        return (content, conversation_key(row).encode(), 0, 0, 0, np.zeros(PERMUTATIONS, np.uint32)), ""
-    row = clean_sample(
-        replace(row, negatives=(), hard=frozenset()), rules.preset != "seed", rules.mask_personal_data, Counter()
-    )
+        text = plain_text(document_of(row))
+        return (content, conversation_key(row).encode(), digest(text), 0, 0, signature(text)), ""
+    row = clean_sample(row, *cleaning)
     _check_sample(row, rules)
     question, answer, document = map(plain_text, (row.question, row.answer, row.positive))
     digests = map(digest, (document, answer, f"{question}\0{document}"))
@@ -134,11 +149,14 @@ def _check_sample(sample: Sample, rules: Rules) -> None:
     if rules.preset == "chat":
         raise RowError("a document question, but --preset chat takes conversations")
     if (least := least_tokens(sample, ruler_of(rules.tokenizer))) > rules.max_tokens:
-        raise RowError(f"question and answer take {least} tokens, --max_tokens is {rules.max_tokens}")
+        raise RowError("question and answer leave no room within --max_tokens", f" {rules.max_tokens}: {least} tokens")
 
 
 def _check_conversation(conversation: Conversation, rules: Rules) -> None:
     tokenizer: Any = ruler_of(rules.tokenizer).tokenizer
-    tokens = len(render(tokenizer, conversation.messages, conversation.tools)[0])
+    try:
+        tokens = len(render(tokenizer, conversation.messages, conversation.tools)[0])
+    except ModelError as error:
+        raise RowError("the conversation cannot be written in ChatGLM3's format", f": {error}") from None
     if tokens > rules.max_tokens:
-        raise RowError(f"the conversation has {tokens} tokens, --max_tokens is {rules.max_tokens}")
+        raise RowError("the conversation is longer than --max_tokens", f" {rules.max_tokens}: {tokens} tokens")

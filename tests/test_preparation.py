@@ -13,18 +13,20 @@ import pytest
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import render
-from chatglm3.documents import REFUSAL, parse_answer
+from chatglm3.documents import REFUSAL, parse_answer, seed_prompt
 from cluster.errors import StageError
 from pipelines.cleaning import digest
 from pipelines.corpus import open_corpus, write_corpus
 from pipelines.preparation import PrepareConfig, prepare
+from pipelines.shards import Sample
 from pipelines.streaming import stream
+from pipelines.survey import sample_key
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def write_rows(folder: Path, rows: list[Any], name: str = "a.json") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     (folder / name).write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
     return folder
 
@@ -152,6 +154,22 @@ def test_the_nearest_documents_of_the_corpus_look_like_answers_and_are_not_of_th
     assert [ordered[index] for index in nearest] == ["上海的天气不好。"]
 
 
+def test_of_several_places_the_quote_is_the_one_that_the_question_asks_for(tmp_path: Path) -> None:
+    told = row(1, "甲部门有三人。乙部门的办公室在五楼。丙部门有三人。")
+    told |= {"QA": [{"question": "丙部门有几人？", "answer": "三人"}]}
+    (only,) = read(prepared(tmp_path, [told], dev_share=0, refusal_share=0, twin_share=0), "train")
+    assert parse_answer(only["output"]).quote == "丙部门有三人。"
+
+
+def test_a_quote_that_does_not_fit_gives_way_to_the_answer_which_stays_in_the_document(tmp_path: Path) -> None:
+    # Of the two sentences that the answer touches, the first is long: together they leave no room.
+    told = row(1, f"前言{'甲乙丙丁' * 200}。{'戊己庚辛' * 30}答案在七号。此外{'子丑寅卯' * 200}。")
+    told |= {"QA": [{"question": "答案在几号？" + "请说明。" * 10, "answer": "七号"}]}
+    (only,) = read(prepared(tmp_path, [told], max_tokens=256, dev_share=0, refusal_share=0, twin_share=0), "train")
+    assert parse_answer(only["output"]).quote == ""
+    assert "答案在七号" in documents_of(only)[only["golden"] - 1]
+
+
 def test_quotes_can_be_left_out(tmp_path: Path) -> None:
     rows = read(prepared(tmp_path, [row(n) for n in range(20)], quotes=False, dev_share=0), "train")
     assert all(r["output"] == f"{r['answer']}[{r['golden']}]" for r in rows if r["golden"])
@@ -165,6 +183,7 @@ def test_the_seed_preset_writes_the_predecessors_row_character_for_character(tmp
             "instruction": "你现在是一个可以根据文档内容进行问答的机器人，以下是用于参考的文档内容：\n\n"
             f"{document}\n问题为：第1问？\n答：",
             "output": "答1",
+            "id": sample_key(Sample("第1问？", "答1", document, ())),
         }
     ]
 
@@ -193,7 +212,8 @@ def test_a_row_whose_question_and_answer_alone_are_too_long_is_quarantined(tmp_p
     long = row(1) | {"QA": [{"question": "为什么？" * 200, "answer": "因为" * 200}]}
     data = prepared(tmp_path, [long, *(row(n) for n in range(2, 30))], max_tokens=300, dev_share=0)
     (bad,) = (json.loads(line) for line in Path(data, "quarantine.jsonl").read_text().splitlines())
-    assert bad["reason"].startswith("question and answer take 1")
+    assert bad["kind"] == "question and answer leave no room within --max_tokens"
+    assert bad["reason"].startswith(f"{bad['kind']} 300: 1")
     assert len({r["id"][:32] for r in read(data, "train")}) == 28
 
 
@@ -264,6 +284,14 @@ def test_distractors_with_the_answer_and_copies_of_the_document_are_dropped_and_
     }
 
 
+def test_a_distractor_that_is_nearly_the_golden_document_is_dropped(tmp_path: Path) -> None:
+    text = "".join(f"第{n}条：{n * 7919 % 9973}。" for n in range(60))
+    sample = row(1, text) | {"QA": [{"question": "讲的是什么？", "answer": "一份没有原话的说明"}]}
+    sample["negative_doc"] = [{"text": text.replace("第7条", "第七条")}, {"text": text[::-1]}]
+    data = prepared(tmp_path, [sample], dev_share=0, near_copies=0.8)
+    assert report_of(data)["changes"] == {"distractors dropped: nearly the golden document": 1}
+
+
 # The split.
 
 
@@ -297,6 +325,20 @@ def test_training_never_sees_a_document_of_the_dev_side(tmp_path: Path) -> None:
     }
 
 
+def test_a_document_in_an_instruction_row_or_a_replay_stands_on_its_documents_side(tmp_path: Path) -> None:
+    rows = [row(n) for n in range(60)]
+    told = [{"instruction": seed_prompt(r["positive_doc"][0]["text"], "这里讲什么？"), "output": "颜色"} for r in rows]
+    replay = write_rows(tmp_path / "replay", [*told[30:], *({"instruction": f"{n}", "output": "好"} for n in range(9))])
+    settings = {"replay": str(replay), "replay_share": 0.5, "dev_share": 0.3}
+    data = prepared(tmp_path, [*rows, *told[:30]], **settings)
+    golden = [documents_of(r)[r["golden"] - 1] for r in read(data, "dev") if r.get("golden")]
+    seen = "\n".join(r["instruction"] for r in read(data, "train"))
+    assert len(golden) > 5
+    assert seen.count("这里讲什么？") > 20
+    assert not any(document in seen for document in golden)
+    assert report_of(data)["dropped"]["replay that shows the dev side"] > 3
+
+
 def test_every_row_can_be_traced_to_its_line(tmp_path: Path) -> None:
     data = prepared(tmp_path, ["", *(row(n) for n in range(20))], twin_share=0.3)
     lines = {line["id"]: line for line in map(json.loads, Path(data, "sources.jsonl").read_text().splitlines())}
@@ -321,7 +363,7 @@ CHAT = {
 def test_conversations_and_instruction_rows_pass_through_beside_document_questions(tmp_path: Path) -> None:
     data = prepared(tmp_path, [row(1), CHAT, {"instruction": "你好", "output": "你好！"}], dev_share=0)
     rows = read(data, "train")
-    assert {"instruction": "你好", "output": "你好！"} in rows
+    assert ("你好", "你好！") in [(r.get("instruction"), r.get("output")) for r in rows]
     (chat,) = [r for r in rows if "messages" in r]
     assert [m["role"] for m in chat["messages"]] == ["user", "assistant", "observation", "assistant"]
     assert chat["tools"] == CHAT["tools"]
@@ -339,6 +381,29 @@ def test_replay_is_mixed_into_training_as_its_share(tmp_path: Path) -> None:
     data = prepared(tmp_path, [row(n) for n in range(90)], replay=str(replay), replay_share=0.25, dev_share=0)
     assert sum(r["output"] == "好" for r in read(data, "train")) == 30
     assert report_of(data)["dropped"]["replay not drawn"] == 170
+    places = [index for index, r in enumerate(read(data, "train")) if r["output"] == "好"]
+    assert 30 < sum(places) / 30 < 90, "spread over the rows"
+    drawn = {r["id"] for r in read(data, "train") if r["output"] == "好"}
+    again = prepared(tmp_path, [row(n) for n in range(90)], replay=str(replay), replay_share=0.25, dev_share=0, seed=7)
+    assert {r["id"] for r in read(again, "train") if r["output"] == "好"} != drawn
+
+
+def test_a_raw_row_that_is_replayed_too_is_no_replay(tmp_path: Path) -> None:
+    chats = [{"instruction": f"第{n}句", "output": "好"} for n in range(40)]
+    replay = write_rows(tmp_path / "replay", chats)
+    data = prepared(tmp_path, chats[:30], preset="chat", replay=str(replay), replay_share=0.1, dev_share=0)
+    assert {r["instruction"] for r in read(data, "train")} >= {f"第{n}句" for n in range(30)}
+
+
+def test_triples_are_of_rows_that_are_kept_and_the_same_whatever_the_order(tmp_path: Path) -> None:
+    rows = [row(n // 2) for n in range(80)]  # each twice
+    one, two = (
+        prepared(tmp_path / str(number), given, triples=3, dev_share=0.2, preset="seed", near_copies=0.8)
+        for number, given in enumerate((rows, rows[::-1]))
+    )
+    texts = [[file.read_text() for file in sorted(Path(data, "triples").rglob("*.jsonl"))] for data in (one, two)]
+    assert texts[0] == texts[1]
+    assert sum(text.count("\n") for text in texts[0]) == 40
 
 
 def test_triples_hold_the_hardest_negatives_once_for_each_question_and_document(tmp_path: Path) -> None:
@@ -362,7 +427,7 @@ def test_bad_rows_are_quarantined_and_too_many_fail_the_stage(tmp_path: Path) ->
 
     worse = write_rows(tmp_path / "worse", [row(1), "{half a row"])
     config = {"raw": str(worse), "out": str(tmp_path / "worse-out")}
-    with pytest.raises(StageError, match=r"1 of 2 rows are bad \(1 x not JSON.*a.json:2.*max_bad_share"):
+    with pytest.raises(StageError, match=r"1 of 2 rows are bad \(1 x not JSON; the first is a.json:2.*max_bad_share"):
         prepare(PrepareConfig(**config))
     with pytest.raises(StageError, match=r"a.json:2: not JSON.*leave out --strict"):
         prepare(PrepareConfig(**config, strict=True))
@@ -377,6 +442,23 @@ def test_an_unreadable_file_counts_by_its_bytes(tmp_path: Path) -> None:
     (raw / "b.json").write_bytes(b"\x1f\x8b" + b"x" * 100_000)
     with pytest.raises(StageError, match=r"1 x the file is a gzip file; unpack it; the first is b.json\)"):
         prepare(PrepareConfig(raw=str(raw), out=str(tmp_path / "out")))
+
+
+def test_a_name_that_is_no_utf8_and_a_dollar_sign_in_a_text_end_nothing(tmp_path: Path) -> None:
+    raw = write_rows(tmp_path / "raw", [*(row(n, f"$x_{n}^ 与 {n * 7919 % 9973}号色") for n in range(30)), "{$\\frac"])
+    os.rename(raw / "a.json", os.fsencode(raw) + b"/\xff.json")
+    data = prepare(PrepareConfig(raw=str(raw), out=str(tmp_path / "out"), near_copies=1))
+    assert json.loads(Path(data, "quarantine.jsonl").read_text())["file"] == "\\xff.json"
+    assert json.loads(Path(data, "sources.jsonl").read_text().splitlines()[0])["file"] == "\\xff.json"
+
+
+def test_the_reports_flow_adds_up(tmp_path: Path) -> None:
+    lines = ["", *(row(n) for n in range(80)), row(1), "{half a row", " "]
+    report = report_of(prepared(tmp_path, lines, twin_share=0.3))
+    lines, rows = report["lines"], sum(report["rows"].values())
+    assert lines == {"read": 84, "blank": 2, "good": 81, "bad": 1}
+    assert report["twins"] > 10
+    assert lines["good"] - sum(report["dropped"].values()) + report["twins"] == rows
 
 
 def test_the_report_is_one_page_that_shows_pictures_and_marked_samples(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Raw shards: what is read, what is quarantined, and why."""
 
+import contextlib
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import StageError
 from pipelines.lines import Line, Piece, RowError, cut, read_lines
+from pipelines.preparation import PrepareConfig, write_data
 from pipelines.shards import Conversation, Sample, find_shards, parse_row, unreadable
 from pipelines.survey import Findings, Rules, examine, join
 
@@ -89,10 +93,8 @@ def test_pieces_of_any_size_give_the_lines_of_the_file(tmp_path: Path, parts: li
     pieces = cut(path, size)
     lines = [line for piece in pieces for line in read_lines(piece)]
     bom = b"\xef\xbb\xbf"
-    assert b"".join(line.content or b"" for line in lines) == content.removeprefix(bom)
-    assert [content[line.offset :][: len(line.content or b"")] for line in lines[1:]] == [
-        line.content for line in lines[1:]
-    ]
+    assert b"".join(line.content for line in lines) == content.removeprefix(bom)
+    assert [content[line.offset :][: len(line.content)] for line in lines[1:]] == [line.content for line in lines[1:]]
     counted = [len(list(read_lines(piece))) for piece in pieces]
     assert [line.number for line in lines] == [n for count in counted for n in range(1, count + 1)]
 
@@ -101,10 +103,15 @@ def test_a_line_that_is_too_long_is_one_bad_row_and_is_never_held(tmp_path: Path
     monkeypatch.setattr("pipelines.lines.LONGEST_LINE", 100)
     path = tmp_path / "a.json"
     path.write_bytes(b"a" * 250 + b"\n{}\n" + b"b" * 99 + b"\n")
-    lines = list(read_lines(Piece(str(path), 0, path.stat().st_size)))
-    assert lines == [Line(1, 0, None), Line(2, 251, b"{}\n"), Line(3, 254, b"b" * 99 + b"\n")]
-    with pytest.raises(RowError, match="the line is longer than"):
-        parse_row(None)
+    lines = list(read_lines(Piece(str(path), 0, path.stat().st_size, "a.json")))
+    expected = [Line(1, 0, b"a" * 100, is_whole=False), Line(2, 251, b"{}\n"), Line(3, 254, b"b" * 99 + b"\n")]
+    assert lines == expected
+    assert [line for piece in cut(path, 70) for line in read_lines(piece)] == [
+        replace(line, number=number) for line, number in zip(expected, (1, 1, 2), strict=True)
+    ]
+    (bad,) = [row for row in look(path).bad if row.line == 1]
+    assert bad.reason.startswith("the line is longer than")
+    assert bad.raw == "a" * 100
 
 
 def test_line_numbers_count_from_the_start_of_the_file_in_every_piece(tmp_path: Path) -> None:
@@ -136,6 +143,39 @@ def test_no_row_crashes_the_reader_and_none_yields_an_empty_text(row: Any, encod
         "".join((item.question, item.answer, item.positive, *item.negatives)).encode()
     else:
         assert any(message["role"] == "assistant" and message["content"].strip() for message in item.messages)
+
+
+# Rows that are nearly right are what gets far into the stage.
+words = st.text("甲乙。\n $[1]\ud800e\u0301", max_size=9) | st.sampled_from(["甲乙。甲", "甲" * 400, "答 [2]"])
+documents = st.lists(st.fixed_dictionaries({"text": words}, optional={"hard": st.booleans()}), max_size=4)
+questions = st.fixed_dictionaries(
+    {
+        "QA": st.lists(st.fixed_dictionaries({"question": words, "answer": words}), min_size=1, max_size=2),
+        "positive_doc": documents,
+        "negative_doc": documents,
+    }
+)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": words},
+    optional={"name": words, "parameters": st.dictionaries(words, anything), "observation": anything},
+)
+chats = st.fixed_dictionaries({"conversations": st.lists(turns, max_size=4)}, optional={"tools": st.lists(anything)})
+instructions = st.fixed_dictionaries({"instruction": words, "output": words})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(questions | chats | instructions | rows, max_size=8), st.sampled_from(["multidoc", "seed"]))
+def test_no_row_ends_the_stage_and_all_rows_fit_and_have_texts(raw: list[Any], preset: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a.json").write_text("\n".join(map(json.dumps, raw)))
+        config = PrepareConfig(preset=preset, max_tokens=256, dev_share=0.2, near_copies=0.8, triples=2)
+        with contextlib.suppress(StageError):  # "no row is left for training"
+            report = write_data(config.model_copy(update={"max_bad_share": 1.0}), [folder / "a.json"], 1, folder)
+            assert max(report["statistics"].lengths()[0] + report["statistics"].lengths()[1]) <= 256
+            for file in folder.glob("train/*.jsonl"):
+                for line in map(json.loads, file.read_text().splitlines()):
+                    assert line.get("messages") or (line["instruction"].strip() and line["output"].strip())
 
 
 # ChatGLM3's official conversations, with tools.
@@ -180,8 +220,10 @@ def test_a_tool_turn_is_a_call_by_the_assistant_and_the_observation_that_answers
         ({"conversations": [{"role": "bot", "content": "x"}]}, r"conversations\[0\].role is none of system, user"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "no turn of the assistant to learn from"),
         ({"conversations": [{"role": "assistant", "content": None}]}, r"conversations\[0\].content is missing"),
-        ({"conversations": [{"role": "assistant", "content": "x", "loss": 1}]}, r"loss is 1, not true or false"),
+        ({"conversations": [{"role": "assistant", "content": "x", "loss": 1}]}, r"loss is neither true nor false: 1"),
         ({"conversations": [{"role": "tool", "name": "f", "parameters": {"a b": 1}}]}, "parameters is no object of"),
+        ({"conversations": [{"role": "tool", "name": "f", "parameters": {"from": 1}}]}, "names that code can have"),
+        ({"conversations": [{"role": "user", "content": "\ud800"}]}, "conversations cannot be written as JSON again"),
         ({"tools": "get_weather"}, "tools is not a list"),
     ],
 )
