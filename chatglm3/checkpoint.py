@@ -33,11 +33,7 @@ def load_model(
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised and quantization_config is not None:
         raise ModelError(f"{folder}/config.json has a quantization_config: load the 16-bit model, or leave yours out")
-    weights = open_weights(folder)
-    if _is_official(folder):
-        tensors = official.native_tensors(folder, weights, config)
-    else:
-        tensors = _checked(folder, weights, config, quantised)
+    tensors = open_tensors(folder, config)
     # A state dict is the public way in for renamed tensors. A conversion mapping would be undone again on saving,
     # which leaves hybrid folders, and NF4 ones that cannot be loaded.
     model: GlmForCausalLM = GlmForCausalLM.from_pretrained(
@@ -56,6 +52,17 @@ def load_model(
     return model
 
 
+def open_tensors(folder: Path, config: GlmConfig) -> dict[str, torch.Tensor]:
+    """Native name -> tensor of a folder with that config; what is stored as it is used stays on disk until then.
+
+    ModelError if a tensor is missing, left over or of another shape.
+    """
+    weights = open_weights(folder)
+    if _is_official(folder):
+        return official.native_tensors(folder, weights, config)
+    return _checked(folder, weights, config, quantised=getattr(config, "quantization_config", None) is not None)
+
+
 def read_config(folder: str | Path) -> GlmConfig:
     """The GlmConfig of an official or native folder. ModelError if it is of another model family."""
     folder = model_folder(folder)
@@ -70,8 +77,10 @@ def read_config(folder: str | Path) -> GlmConfig:
     if config.pad_token_id != 0:
         raise ModelError(f"{file}: pad_token_id is {config.pad_token_id}, as in GLM-4: use a ChatGLM3-6B folder")
     method = (raw.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise ModelError(f"{file}: quant_method is {method!r}, which vLLM runs: load the bf16, nf4 or int8 form here")
+    if method not in ("bitsandbytes", "compressed-tensors"):
+        raise ModelError(
+            f"{file}: quant_method is {method!r}, of which nothing is known here: merge writes other forms"
+        )
     return config
 
 
@@ -87,13 +96,13 @@ def _checked(folder: Path, weights: dict[str, Weight], config: GlmConfig, quanti
     """The tensors of a native folder. ModelError where transformers would only warn and make a tensor up."""
     expected = official.native_shapes(config)
     for name in expected:
-        if name not in weights:
+        if name not in weights and f"{name}_packed" not in weights:
             raise ModelError(f"{folder}: no weight file holds {name}: write or download the folder again, completely")
     for name, (file, tensor) in weights.items():
         if name in expected and tensor.is_floating_point() and tensor.shape != expected[name]:
             shapes = f"{tuple(tensor.shape)}, config.json wants {expected[name]}"
             raise ModelError(f"{file}: {name} is {shapes}: use its own config.json")
-        # Quantised tensors have companions: x.weight.absmax (4-bit), x.SCB (8-bit).
+        # Quantised tensors have companions: x.weight.absmax (nf4), x.SCB (int8), x.weight_scale (fp8, w4a16).
         if name not in expected and not quantised:
             raise ModelError(f"{file}: {name} is not in the model of config.json: use its own config.json")
     return {name: tensor for name, (_, tensor) in weights.items()}

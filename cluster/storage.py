@@ -79,15 +79,19 @@ def read_receipt(path: str | Path) -> Receipt | None:
 
 
 @contextmanager
-def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
+def publish(out: str | Path, receipt: Receipt, resume: str = "") -> Iterator[Path]:
     """A temporary folder to write into; on a clean exit it gets the receipt and becomes `out` by one rename.
 
-    After an exception nothing is left. A finished folder at `out` is replaced; one of somebody else's is refused.
+    After an error nothing is left. A finished folder at `out` is replaced; one of somebody else's is refused. A run
+    that is killed or interrupted leaves the folder to the next one with the same `resume`, a digest of what is made.
     """
     out = check_output(out, receipt.stage, receipt.inputs)
-    remove_leftovers(out)
     started = time.monotonic()
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    prefix = f".{out.name}.partial-"
+    kept = out.parent / f"{prefix}{resume[:8]}" if resume else None
+    remove_leftovers(out, kept)
+    partial = kept or Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    partial.mkdir(exist_ok=True)
     try:
         yield partial
         # mkdtemp and safetensors keep others out, but pods of other users must read the folder.
@@ -102,8 +106,13 @@ def publish(out: str | Path, receipt: Receipt) -> Iterator[Path]:
         if out.exists():
             out.rename(partial.with_name(partial.name + OLD))
         partial.rename(out)
-    finally:
+    except KeyboardInterrupt:
+        remove_leftovers(out, kept)
+        raise
+    except BaseException:
         remove_leftovers(out)
+        raise
+    remove_leftovers(out)
 
 
 def check_output(out: str | Path, stage: str, inputs: Iterable[str] = ()) -> Path:
@@ -131,10 +140,12 @@ def check_output(out: str | Path, stage: str, inputs: Iterable[str] = ()) -> Pat
     return out
 
 
-def remove_leftovers(out: Path) -> None:
-    """Delete what a killed run left beside `out`. Two runs at once into one folder are not supported."""
+def remove_leftovers(out: Path, kept: Path | None = None) -> None:
+    """Delete what a killed run left beside `out`, but `kept`. Two runs at once into one folder are not supported."""
     _finish_replacing(out)
     for folder in _leftovers(out):
+        if folder == kept:
+            continue
         if folder.is_symlink():
             folder.unlink()
         else:

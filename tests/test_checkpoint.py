@@ -278,7 +278,7 @@ def test_weights_of_the_wanted_dtype_stay_on_disk(shared, name):
     ("fields", "changes", "fault"),
     [
         ({"pad_token_id": 151329}, {}, "pad_token_id is 151329, as in GLM-4"),
-        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quant_method is 'fp8', which vLLM runs"),
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quant_method is 'fp8', of which nothing is known"),
         ({}, {"model.norm.weight": None}, "no weight file holds model.norm.weight"),
         ({}, {"model.norm.weight": torch.zeros(2)}, r"model.norm.weight is \(2,\), config.json wants \(64,\)"),
         ({}, {"extra": torch.zeros(2)}, "extra is not in the model of config.json"),

@@ -11,21 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from chatglm3 import ModelError, load_model, load_tokenizer
 from chatglm3.adapters import load_adapter, native_adapter
 from chatglm3.chat import render
 from chatglm3.checkpoint import read_config
+from chatglm3.quantization import INT8, NF4
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
-from pipelines.merging import QUANTIZATION, MergeConfig, merge
+from pipelines.folding import folded
+from pipelines.merging import MergeConfig, merge
 from pipelines.model_folders import open_model
+from pipelines.weight_formats import QUANTISE
 
+WEIGHTS = "model.safetensors"
 FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}
 
 
@@ -104,6 +110,98 @@ def test_the_merged_model_computes_what_base_and_adapter_compute(base: Path, old
     assert kl(official, merged) < 1e-3
 
 
+def peft_adapter(base: Path | str, folder: Path, seed: int = 1, **options: Any) -> Any:
+    """Write an adapter on all linear layers with random B, and return the live model."""
+    torch.manual_seed(seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+    model = get_peft_model(load_model(base, dtype=torch.float32), LoraConfig(target_modules=targets, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 8, "use_dora": True},
+        {"r": 16, "lora_alpha": 8, "use_rslora": True},
+        {"r": 4, "rank_pattern": {"q_proj": 2, "layers.0.mlp.down_proj": 6}, "alpha_pattern": {"down_proj": 3}},
+    ],
+    ids=["dora", "rslora", "patterns"],
+)
+def test_every_kind_of_lora_is_folded_as_peft_itself_folds_it(base: Path, tmp_path: Path, options: dict[str, Any]):
+    merged = peft_adapter(base, tmp_path / "adapter", **options).merge_and_unload().state_dict()
+    merge(MergeConfig(adapter=str(tmp_path / "adapter"), base=str(base), out=str(tmp_path / "model")))
+    before = load_model(base).state_dict()
+    for name, weight in load_file(tmp_path / "model/model.safetensors").items():
+        assert (weight.float() - merged[name]).abs().max() <= merged[name].abs().max() / 256, name  # a bf16 rounding
+        if name.endswith("_proj.weight"):
+            assert (weight.float() - before[name].float()).abs().max() > merged[name].abs().max() / 128
+
+
+def test_several_adapters_are_added_up_with_their_factors(base: Path, tmp_path: Path):
+    for seed, name in enumerate(("one", "two")):
+        peft_adapter(base, tmp_path / name, seed, r=4, lora_alpha=8)
+    config = {str(tmp_path / "one"): 0.25, str(tmp_path / "two"): -1.0}
+    merged = load_file(Path(merge(MergeConfig(adapter=config, base=str(base), out=str(tmp_path / "m"))), WEIGHTS))
+    updates = {n: native_adapter(tmp_path / n, read_config(base))[1] for n in ("one", "two")}
+    name = "model.layers.1.mlp.down_proj"
+    total = load_model(base).state_dict()[f"{name}.weight"].float()
+    for adapter, factor in (("one", 0.25), ("two", -1.0)):
+        a, b = (updates[adapter][f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "AB")
+        total += factor * 2 * (b @ a)
+    assert torch.equal(merged[f"{name}.weight"], total.bfloat16())
+
+
+def test_onto_nf4_adds_to_what_nf4_leaves_of_the_base(base: Path, adapter: Path, tmp_path: Path):
+    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "m"), onto="nf4"))
+    merged = load_file(tmp_path / "m" / WEIGHTS)
+    rough = load_model(base, dtype=torch.bfloat16, quantization_config=NF4)
+    _, lora = native_adapter(adapter, read_config(base))
+    module = "model.layers.0.self_attn.q_proj"
+    a, b = (lora[f"base_model.model.{module}.lora_{matrix}.weight"] for matrix in "AB")
+    kept = rough.get_submodule(module).weight
+    expected = bnb.dequantize_4bit(kept.data, kept.quant_state).float() + 2 * (b @ a)
+    assert torch.equal(merged[f"{module}.weight"], expected.bfloat16())
+    embeddings = "model.embed_tokens.weight"
+    assert torch.equal(merged[embeddings], load_model(base).state_dict()[embeddings].bfloat16())
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "nf4", "int8", "fp8", "w4a16"])
+def test_every_format_loads_in_plain_transformers_as_the_same_model(weight_format: Any, tmp_path: Path):
+    out = merge(MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model")))
+    ids = torch.arange(5, 60)[None]
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    plain.train(weight_format == "nf4")  # in evaluation, some CPUs compute NF4 by another kernel, which ours avoids
+    with torch.inference_mode():
+        assert torch.equal(plain(ids).logits.float(), logits(out, ids))
+
+
+@pytest.mark.parametrize(("weight_format", "largest"), [("fp8", 1 / 16), ("w4a16", 1 / 15)])
+def test_a_quantised_value_is_the_nearest_that_its_format_has(weight_format: str, largest: float):
+    """fp8 has 3 bits behind the point, so it is off by 1/16 of a value; 4 bits by half a step of 1/7.5 of the group's
+    largest, and of the largest itself, where the steps end, by as much.
+    """
+    torch.manual_seed(0)
+    weight = torch.randn(6, 256).bfloat16()
+    made = QUANTISE[weight_format]("w_proj.weight", weight)
+    scale = made["w_proj.weight_scale"].float()
+    if weight_format == "fp8":
+        found = made["w_proj.weight"].float() * scale
+        bound = weight.float().abs() * largest + scale * 2**-10
+    else:
+        packed = made["w_proj.weight_packed"]
+        values = torch.stack([((packed >> shift) & 15) - 8 for shift in range(0, 32, 4)], dim=2).flatten(1)
+        found = values * scale.repeat_interleave(128, dim=1)
+        bound = (weight.float().unflatten(1, (2, 128)).abs().amax(2) * largest).repeat_interleave(
+            128, dim=1
+        ) * 1.07  # the scale is rounded too
+        assert made["w_proj.weight_shape"].tolist() == [6, 256]
+    assert ((found - weight.float()).abs() <= bound).all()
+
+
 def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Mean Kullback-Leibler divergence of the next token over all positions."""
     a, b = wanted.log_softmax(-1), found.log_softmax(-1)
@@ -118,7 +216,9 @@ def test_a_quantised_folder_loads_as_what_quantising_the_merged_weights_gives(
     merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "small"), format=weight_format))
     ids = torch.arange(5, 45)[None]
     loaded = logits(tmp_path / "small", ids)
-    assert torch.equal(loaded, logits(tmp_path / "bf16", ids, quantization_config=QUANTIZATION[weight_format]))
+    assert torch.equal(
+        loaded, logits(tmp_path / "bf16", ids, quantization_config={"nf4": NF4, "int8": INT8}[weight_format])
+    )
     assert not torch.equal(loaded, logits(tmp_path / "bf16", ids))
 
 
@@ -127,7 +227,7 @@ def test_what_train_told_is_carried_over_and_the_base_is_found_by_it(adapter: Pa
     receipt = storage.open_folder(out, "merge").receipt
     assert receipt.facts == {
         **FACTS, "base": str(base), "base_digest": digest(base), "tokenizer": load_tokenizer(base).fingerprint,
-        "format": "int8",
+        "format": "int8", "onto": "16bit",
     }  # fmt: skip
     assert receipt.counts["bytes"] > 1_000_000
     assert set(receipt.inputs) == {str(base), str(adapter)}
@@ -258,10 +358,23 @@ def unfinished_adapter(shared: Path, base: Path, tmp: Path) -> MergeConfig:
     return MergeConfig(adapter=str(tmp / "adapter"))
 
 
-def with_dora(shared: Path, base: Path, tmp: Path) -> MergeConfig:
-    model = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    model.save_pretrained(tmp / "dora", save_embedding_layers=False)
-    return MergeConfig(adapter=str(tmp / "dora"), base=str(base))
+def with_saved_modules(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    get_peft_model(load_model(base), LoraConfig(r=4, **options)).save_pretrained(tmp / "whole")
+    return MergeConfig(adapter=str(tmp / "whole"), base=str(base))
+
+
+def two_of_different_bases(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    for name in ("one", "two"):
+        with storage.publish(tmp / name, storage.Receipt("train", {}, facts={"base_digest": name})) as folder:
+            (folder / "adapter_config.json").write_text("{}")
+    return MergeConfig(adapter={str(tmp / "one"): 0.5, str(tmp / "two"): 0.5}, base=str(base))
+
+
+def dora_in_company(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    peft_adapter(base, tmp / "one", use_dora=True)
+    peft_adapter(base, tmp / "two")
+    return MergeConfig(adapter={str(tmp / "one"): 0.5, str(tmp / "two"): 0.5}, base=str(base))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +392,9 @@ def with_dora(shared: Path, base: Path, tmp: Path) -> MergeConfig:
         (of_another_tokenizer, r"was trained on .*, whose tokenizer is not that of --base .*other"),
         (quantised_base, r"--base .*nf4 is quantised already; give the 16-bit model"),
         (another_family, r"config.json: model_type is 'llama'"),
-        (with_dora, r"use_dora is True"),
+        (with_saved_modules, r"adapter_config.json: modules_to_save is .*lm_head"),
+        (two_of_different_bases, r"one, .*two: they differ in base_digest, so they cannot be added up"),
+        (dora_in_company, r"one is a DoRA adapter, which scales whole weights; it can only be merged alone"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_in_one_line_and_leaves_nothing(
@@ -295,6 +410,50 @@ def test_what_cannot_be_merged_is_refused_in_one_line_and_leaves_nothing(
 def test_a_prompt_format_against_the_receipt_is_refused(adapter: Path, tmp_path: Path):
     with pytest.raises(StageError, match=r"--prompt_format chat: the receipt says bare"):
         merge(MergeConfig(adapter=str(adapter), prompt_format="chat", out=str(tmp_path / "model")))
+
+
+def test_a_large_model_is_written_in_files_with_an_index_and_is_the_same(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one = load_model(merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "one"), format="nf4"))).state_dict()
+    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", 100_000)
+    out = Path(merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "many"), format="nf4")))
+    assert len(list(out.glob("model-*.safetensors"))) > 5
+    many = load_model(out).state_dict()
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert AutoModelForCausalLM.from_pretrained(out).config.model_type == "glm"
+
+
+def test_a_killed_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", 20_000)
+    config = MergeConfig(adapter=str(adapter), out=str(tmp_path / "model"))
+    made: list[str] = []
+
+    def dying(weight: torch.Tensor, updates: Any) -> torch.Tensor:
+        made.append("")
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        return folded(weight, updates)
+
+    monkeypatch.setattr("pipelines.merging.folded", dying)
+    with pytest.raises(KeyboardInterrupt):
+        merge(config)
+    (partial,) = tmp_path.iterdir()
+    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(finished) > 4
+    merge(config)
+    out = tmp_path / "model"
+    assert len(made) == 8 + 18 - 6, "of 18 matrices, the 6 in finished files are not made again"
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        merge(config)
+    merge(config.model_copy(update={"format": "nf4"}))
+    assert list(tmp_path.iterdir()) == [out]
+    assert load_model(out).is_loaded_in_4bit
 
 
 def test_a_merge_killed_in_the_middle_leaves_no_model_and_the_next_one_clears_up(adapter: Path, tmp_path: Path):

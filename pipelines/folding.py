@@ -1,0 +1,75 @@
+"""LoRA updates added to weights one matrix at a time, in fp32."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+from transformers import GlmConfig
+
+from chatglm3.adapters import native_adapter
+from cluster.errors import StageError
+
+_PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to a weight [out, in]: scale * b @ a, with a [rank, in] and b [out, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+    """With DoRA (arXiv:2402.09353): the norms [out] that the sum's rows are brought to."""
+
+
+def read_updates(adapters: Mapping[str, float], base: GlmConfig) -> dict[str, list[Update]]:
+    """The updates of each weight, by its native name; `adapters` are folders and their factors.
+
+    Raises StageError for an adapter that holds more than LoRA or DoRA updates, and for DoRA that is to be combined.
+    """
+    updates: dict[str, list[Update]] = {}
+    for folder, factor in adapters.items():
+        config, tensors = native_adapter(folder, base)
+        _check(config, folder, is_alone=len(adapters) == 1 and factor == 1)
+        for name in tensors:
+            module, _, kind = name.removeprefix(_PREFIX).partition(".lora_")
+            if kind == "A.weight":
+                found = _update(f"{_PREFIX}{module}", config, tensors, factor)
+                updates.setdefault(f"{module}.weight", []).append(found)
+            elif kind != "B.weight" and _MAGNITUDE not in name:
+                raise StageError(f"{folder} holds {name}, which cannot be folded in; merge it with its own code")
+    return updates
+
+
+def folded(weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    """The weight with its updates, in fp32."""
+    total = weight.float()
+    for update in updates:
+        total = total + update.scale * (update.b.float() @ update.a.float())
+        if update.magnitude is not None:
+            total *= (update.magnitude.float() / total.norm(dim=1))[:, None]
+    return total
+
+
+def _update(module: str, config: LoraConfig, tensors: Mapping[str, Tensor], factor: float) -> Update:
+    a, b = (tensors[f"{module}.lora_{matrix}.weight"] for matrix in "AB")
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    rank = math.sqrt(len(a)) if config.use_rslora else len(a)
+    return Update(a, b, factor * alpha / rank, tensors.get(f"{module}.{_MAGNITUDE}"))
+
+
+def _check(config: LoraConfig, folder: str, is_alone: bool) -> None:
+    for field, simple in (("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
+        if getattr(config, field) not in (simple, []):
+            file = Path(folder, "adapter_config.json")
+            raise StageError(f"{file}: {field} is {getattr(config, field)!r}, which cannot be folded in")
+    if config.use_dora and not is_alone:
+        raise StageError(
+            f"--adapter {folder} is a DoRA adapter, which scales whole weights; it can only be merged alone"
+        )
