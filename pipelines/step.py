@@ -17,6 +17,7 @@ from chatglm3.quantization import NF4
 from pipelines import packed_attention
 from pipelines.batches import PackedBatch
 from pipelines.cross_entropy import summed_cross_entropy
+from pipelines.dora import FactoredDora
 from pipelines.fp8_linear import to_fp8
 
 BaseFormat = Literal["nf4", "fp8", "bf16", "fp32"]
@@ -43,16 +44,23 @@ def with_adapters(model: GlmForCausalLM, base_format: BaseFormat, lora: LoraConf
     model.set_attn_implementation(packed_attention.NAME)
     model.requires_grad_(False)
     adapted = get_peft_model(model, lora)
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            _prepare_adapter(layer, _casts_adapters(model))
     if base_format == "fp8":
         to_fp8(model.model)  # after PEFT, which wraps only layers that it knows
-    if _casts_adapters(model):
-        for layer in adapted.modules():
-            if isinstance(layer, LoraLayer):
-                layer.cast_input_dtype_enabled = False  # or PEFT raises their input to fp32
-                for name in layer.lora_A.keys() - layer.lora_variant.keys():
-                    layer.lora_variant[name] = _ScaledEarly()
     adapted.train()
     return adapted
+
+
+def _prepare_adapter(layer: LoraLayer, casts: bool) -> None:
+    for name in layer.lora_A:
+        if layer.use_dora[name]:
+            layer.lora_variant[name] = FactoredDora(layer, name)
+        elif casts:
+            layer.lora_variant[name] = _ScaledEarly()
+    if casts:
+        layer.cast_input_dtype_enabled = False  # or PEFT raises their input to fp32
 
 
 class _ScaledEarly(LoraVariant):  # type: ignore[misc]

@@ -39,6 +39,10 @@ class LoraSettings(Config):
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"], min_length=1
     )
     """Linear layers that get an adapter."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps high ranks learning (rsLoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn each weight row's length apart from its direction (DoRA, arXiv:2402.09353); slower."""
 
 
 class TrainConfig(Config):

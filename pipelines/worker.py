@@ -188,5 +188,7 @@ def _lora_config(lora: dict[str, Any]) -> LoraConfig:
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         target_modules=lora["targets"],
+        use_rslora=lora["rslora"],
+        use_dora=lora["dora"],
         task_type="CAUSAL_LM",
     )

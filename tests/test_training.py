@@ -170,3 +170,10 @@ def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path
     log = MetricsLog(tmp_path, 1)
     log.write({"step": 2, "loss": 1.5})
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5]
+
+
+def test_modules_that_get_no_adapter_are_refused_in_one_line() -> None:
+    with pytest.raises(StageError, match=r"^flags: lora.targets.0: Input should be 'q_proj', .*\(got 'lm_head'\)$"):
+        TrainConfig.parse({"lora": {"targets": ["lm_head"]}}, "flags")
+    with pytest.raises(StageError, match=r"^flags: lora.modules_to_save is not a setting; leave it out"):
+        TrainConfig.parse({"lora": {"modules_to_save": ["lm_head"]}}, "flags")
