@@ -15,10 +15,12 @@ from ray.train.torch import TorchTrainer
 
 from chatglm3 import ModelError
 from chatglm3.chat import PromptFormat
+from chatglm3.checkpoint import read_config
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.block_files import BlockFile
+from pipelines.memory import Memory, choose_memory
 from pipelines.model_folders import open_model
 from pipelines.packing import PackingConfig, pack_split
 from pipelines.progress import LossBoard, draw_losses
@@ -71,8 +73,9 @@ class TrainConfig(Config):
     """Stop after so many optimizer steps; 0: all epochs."""
     batch_size: int = Field(32, ge=1)
     """Examples per optimizer step over all workers, rounded to whole blocks."""
-    block_tokens: int = Field(4096, ge=16)
-    """Tokens of a packed block, which is what a worker computes at once; more is faster and takes more memory."""
+    block_tokens: int | None = Field(None, ge=16)
+    """Tokens of a packed block, which is what a worker computes at once; more is faster and takes more memory. Unless
+    given: 16,384, 8,192 or 4,096, whichever a GPU has memory for; 4,096 on CPU."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -89,8 +92,9 @@ class TrainConfig(Config):
     """Write a checkpoint every so many steps; 0: after each epoch."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints stay in OUT.run."""
-    recompute: bool = False
-    """Compute activations again in the backward pass: less memory, a third slower."""
+    recompute: bool | None = None
+    """Compute activations again in the backward pass: less memory, a third slower. Unless given: if a GPU has no
+    memory for blocks of 4,096 tokens otherwise."""
     max_input_length: int = Field(1024, ge=3)
     """Prompt ids that are kept (bare format only; the chat format cuts nothing)."""
     max_output_length: int = Field(512, ge=2)
@@ -121,8 +125,10 @@ def train(config: TrainConfig) -> str:
     session.connect()
     gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.workers, 1, gpus)
-    run = Path(f"{Path(config.out)}.run").resolve()
-    plan = make_plan(config, base.location, data, run / f"run-{digest[:16]}")
+    run = Path(f"{Path(config.out)}.run").resolve() / f"run-{digest[:16]}"
+    longest = int(data.receipt.config.get("max_tokens") or 0)
+    memory = choose_memory(config, read_config(base.path), longest, run / "memory.json", gpus)
+    plan = make_plan(config, memory, base.location, data, run)
     result = _fit(config, plan, gpus)
     facts = {
         "base": base.location,
@@ -145,9 +151,10 @@ def train(config: TrainConfig) -> str:
     return config.out
 
 
-def make_plan(config: TrainConfig, base: str, data: storage.Folder, folder: Path) -> TrainingPlan:
+def make_plan(config: TrainConfig, memory: Memory, base: str, data: storage.Folder, folder: Path) -> TrainingPlan:
     """Pack the data and work out what every worker must know; raises StageError when there is nothing to train on."""
-    packing = PackingConfig(tokenizer=base, **config.model_dump(include=_PACKING_FIELDS))
+    sized = {"block_tokens": memory.block_tokens}
+    packing = PackingConfig(tokenizer=base, **config.model_dump(include=_PACKING_FIELDS), **sized)
     blocks = {split: str(pack_split(data, split, packing, folder.parent / "blocks")) for split in ("train", "dev")}
     counts = storage.open_folder(Path(blocks["train"]).parent).receipt.counts
     if not BlockFile(blocks["train"]).target_counts.any():
@@ -155,14 +162,21 @@ def make_plan(config: TrainConfig, base: str, data: storage.Folder, folder: Path
     per_step = max(1, round(config.batch_size * counts["blocks"] / counts["examples"]))
     steps_per_epoch = math.ceil(counts["blocks"] / per_step)
     steps = min(math.ceil(config.epochs * steps_per_epoch), config.max_steps or 10**12)
-    fill = counts["tokens"] / counts["blocks"] / config.block_tokens
+    fill = counts["tokens"] / counts["blocks"] / memory.block_tokens
     print(
         f"train: {counts['examples']:,} examples, {counts['tokens']:,} tokens in {counts['blocks']:,} blocks "
         f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {config.workers} workers"
     )
+    if per_step < config.workers:
+        print(
+            f"train: a step has {per_step} blocks, so {config.workers - per_step} of {config.workers} workers will be "
+            f"idle; raise --batch_size or lower --block_tokens"
+        )
     return TrainingPlan(
-        **config.model_dump(include=set(TrainingPlan.model_fields) - {"base"}),
+        **config.model_dump(include=set(TrainingPlan.model_fields) - {"base", "block_tokens", "recompute"}),
         base=base,
+        block_tokens=memory.block_tokens,
+        recompute=memory.recompute,
         folder=str(folder),
         train_blocks=blocks["train"],
         dev_blocks=blocks["dev"],
@@ -173,7 +187,7 @@ def make_plan(config: TrainConfig, base: str, data: storage.Folder, folder: Path
     )
 
 
-_PACKING_FIELDS = {"prompt_format", "block_tokens", "max_input_length", "max_output_length"}
+_PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}
 
 
 def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result:
