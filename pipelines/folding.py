@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -11,8 +12,11 @@ from torch import Tensor
 from transformers import GlmConfig
 
 from chatglm3.adapters import native_adapter
+from chatglm3.checkpoint import open_tensors, read_config
 from cluster.errors import StageError
+from pipelines.weight_formats import through_nf4
 
+Onto = Literal["16bit", "nf4"]
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
 
@@ -26,6 +30,30 @@ class Update:
     scale: float
     magnitude: Tensor | None = None
     """With DoRA (arXiv:2402.09353): the norms [out] that the sum's rows are brought to."""
+
+
+class MergedWeights:
+    """The tensors of a base model with its adapters' updates in them, each made when it is asked for.
+
+    `onto` says what the updates are added to: the weights themselves, or what NF4 leaves of them.
+    """
+
+    def __init__(self, base: Path, adapters: Mapping[str, float], onto: Onto) -> None:
+        self.config, self.onto = read_config(base), onto
+        self._tensors = open_tensors(base, self.config)
+        self._updates = read_updates(adapters, self.config)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Native name -> shape of each tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor in bf16: added in fp32 and rounded once, where PEFT's own merge rounds twice."""
+        weight = self._tensors[name]
+        if updates := self._updates.get(name):
+            weight = folded(through_nf4(weight.bfloat16()) if self.onto == "nf4" else weight, updates)
+        return weight.bfloat16().contiguous()
 
 
 def read_updates(adapters: Mapping[str, float], base: GlmConfig) -> dict[str, list[Update]]:

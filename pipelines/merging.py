@@ -1,5 +1,6 @@
 """Base model and adapter in, one servable model folder out."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -8,19 +9,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from transformers import GenerationConfig
 
 from chatglm3 import load_tokenizer
-from chatglm3.chat import PromptFormat
-from chatglm3.checkpoint import open_tensors, read_config
+from chatglm3.auto_tokenizer import write_auto_tokenizer
+from chatglm3.chat import TOOLS_CONTENT, PromptFormat
 from cluster import storage
 from cluster.config import Config
 from cluster.errors import StageError
-from pipelines.folding import folded, read_updates
+from pipelines.agreement import draw_examples
+from pipelines.folding import MergedWeights, Onto
+from pipelines.merge_report import write_merge_report
+from pipelines.model_card import verify, write_card, write_sums
 from pipelines.model_folders import ModelFolder, folder_digest, open_model
 from pipelines.weight_files import write_weights
-from pipelines.weight_formats import QUANTISE, WeightFormat, is_quantised, quantization_config, through_nf4
+from pipelines.weight_formats import QUANTISE, WeightFormat, is_quantised, quantization_config
+from pipelines.yardstick import Yardstick, in_memory, live_model, load_on_device
+
+QUICK_BYTES = 1 << 30  # of a model that a CPU measures in a minute
+ONTO: tuple[Onto, ...] = ("16bit", "nf4")
 
 
 class MergeConfig(Config):
@@ -40,8 +48,22 @@ class MergeConfig(Config):
     """chat|bare: what an adapter without a receipt was trained with; the predecessor's were with bare."""
     format: WeightFormat = "bf16"
     """Format of the weights. nf4 and int8: bitsandbytes; fp8 and w4a16: compressed-tensors, which vLLM runs fastest."""
-    onto: Literal["16bit", "nf4"] = "16bit"
-    """What an adapter is added to: the base's own weights, or what NF4 leaves of them, which QLoRA trained it on."""
+    onto: Literal["16bit", "nf4", "auto"] = "16bit"
+    """What an adapter is added to: the base's own weights, or what NF4 leaves of them, which QLoRA trained it on. auto
+    makes both and keeps the one with the lower loss on the dev rows."""
+    data: str = ""
+    """Folder written by prepare, to measure on; unless given, the adapter's own, if it is still there."""
+    measure: bool | None = None
+    """Compare the result with base and live adapter on dev rows; unless given, where a GPU or a small model makes it
+    quick."""
+    max_kl: float = Field(0.1, ge=0)
+    """Largest divergence from base and live adapter, in nats a token: past it nothing is written."""
+    min_top1: float = Field(0.9, ge=0, le=1)
+    """Least share of answer tokens at which both find the same token the likeliest."""
+    keep: bool = False
+    """Write the model past these limits too."""
+    verify: str = ""
+    """Only check this model folder's files against the checksums that merge wrote."""
     out: str = "out/model"
     """Folder to write."""
 
@@ -60,6 +82,9 @@ class MergeConfig(Config):
 
 def merge(config: MergeConfig) -> str:
     """Fold an adapter into its base model and return the model folder."""
+    if config.verify:
+        print(f"merge: {config.verify}: all {verify(Path(config.verify))} files are as they were written")
+        return config.verify
     storage.check_output(config.out, "merge")
     told = _told_by_all(config)
     base = open_base(config, told)
@@ -67,8 +92,15 @@ def merge(config: MergeConfig) -> str:
     inputs = {str(path): folder_digest(path) for path in paths}
     receipt = storage.receipt_of("merge", config, inputs=inputs, facts=make_facts(config, base, told))
     with storage.publish(config.out, receipt, _digest(config, base, inputs)) as folder:
-        _write_model(folder, base, config)
         write_companions(base.path, folder)
+        yardstick = _yardstick(config, base, receipt.facts["prompt_format"])
+        weights = _write_best(folder, base, config, yardstick)
+        if config.adapters:
+            receipt.facts["onto"] = weights.onto
+        if yardstick:
+            receipt.counts |= _measure(folder, weights, config, yardstick)
+        write_card(folder, receipt.facts, config.model_dump(), yardstick.results if yardstick else {})
+        write_sums(folder)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     names = " + ".join(name if factor == 1 else f"{factor} x {name}" for name, factor in config.adapters.items())
     what = f"{names} folded into {base.name}" if names else f"{base.name} converted"
@@ -113,7 +145,7 @@ def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> 
         )
     origin = base.location if config.adapters else told.get("base", base.location)
     if config.adapters:
-        told = told | {"base_digest": base.weights_digest, "onto": config.onto}
+        told = told | {"base_digest": base.weights_digest}
     known = {"base": origin, "prompt_format": prompt_format, "tokenizer": base.tokenizer, "format": config.format}
     return told | known
 
@@ -151,29 +183,87 @@ def _digest(config: MergeConfig, base: ModelFolder, inputs: dict[str, str]) -> s
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
-def _write_model(folder: Path, base: ModelFolder, config: MergeConfig) -> None:
+def _yardstick(config: MergeConfig, base: ModelFolder, prompt_format: PromptFormat) -> Yardstick | None:
+    """The model that was trained, to measure with; None where that is not asked for, or not quick."""
+    receipt = storage.read_receipt(next(iter(config.adapters), "")) if len(config.adapters) == 1 else None
+    trained = receipt.config if receipt else {}
+    data = config.data or trained.get("data", "")
+    size = sum(file.stat().st_size for file in base.path.iterdir())
+    is_quick = torch.cuda.is_available() or size < QUICK_BYTES
+    unasked = is_quick and any(Path(data, "dev").glob("*.jsonl"))
+    if not (config.onto == "auto" or (unasked if config.measure is None else config.measure)):
+        return None
+    if not data:
+        raise StageError("--data is empty, and no adapter's receipt names a data folder: give one to measure on")
+    examples = draw_examples(Path(data), base.path, prompt_format)
+    if list(config.adapters.values()) not in ([], [1.0]):
+        return Yardstick("the sum in 16 bits", in_memory(MergedWeights(base.path, config.adapters, "16bit")), examples)
+    adapter, in_nf4 = next(iter(config.adapters), ""), trained.get("base_format", "nf4") == "nf4"
+    name = f"{'NF4' if in_nf4 else '16-bit'} base with live adapter" if adapter else base.name
+    return Yardstick(name, live_model(base.path, adapter, bool(adapter) and in_nf4), examples)
+
+
+def _write_best(folder: Path, base: ModelFolder, config: MergeConfig, yardstick: Yardstick | None) -> MergedWeights:
+    """Write the model; where --onto auto leaves the choice, both, of which the one that answers better stays."""
+    if config.onto != "auto":
+        weights = MergedWeights(base.path, config.adapters, config.onto)
+        write_model(folder, weights, config.format)
+        return weights
+    if not yardstick:
+        raise StageError("--onto auto measures on dev rows, which there are not; give --data, or 16bit or nf4")
+    tried: dict[str, MergedWeights] = {}
+    losses: dict[str, float] = {}
+    for onto in ONTO:
+        tried[onto] = MergedWeights(base.path, config.adapters, onto)
+        write_model(folder / onto, tried[onto], config.format)
+        losses[onto] = yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)).loss
+    best = min(ONTO, key=lambda onto: losses[onto])
+    for file in (folder / best).iterdir():
+        file.rename(folder / file.name)
+    for onto in ONTO:
+        shutil.rmtree(folder / onto)
+    print(f"merge: onto {best}: " + ", ".join(f"{onto} has a loss of {losses[onto]:.4f}" for onto in ONTO))
+    return tried[best]
+
+
+def _measure(folder: Path, weights: MergedWeights, config: MergeConfig, yardstick: Yardstick) -> dict[str, float]:
+    """Measure what was written, write the report, and return the numbers. StageError for a model past the limits."""
+    if config.format != "bf16" and config.adapters:
+        yardstick.measure("merged, bf16", in_memory(weights))
+    final = yardstick.measure(f"merged, {config.format}", load_on_device(folder))
+    limits = {"kl": config.max_kl, "top1": config.min_top1}
+    write_merge_report(folder / "report.html", yardstick.results, yardstick.tokens, limits, config.model_dump())
+    problems = [
+        f"{name} {value:.4f}, the limit is {limit:g}"
+        for name, value, limit, is_past in (
+            ("KL", final.kl, config.max_kl, final.kl > config.max_kl),
+            ("top-1 agreement", final.top1, config.min_top1, final.top1 < config.min_top1),
+        )
+        if is_past
+    ]
+    if problems and not config.keep:
+        raise StageError(
+            f"the {config.format} model is too far from {yardstick.reference_name}: {'; '.join(problems)}; try another "
+            f"--format or --onto, or keep it knowingly with --keep true"
+        )
+    print(f"merge: beside {yardstick.reference_name}: KL {final.kl:.4f}, same next token {final.top1:.1%}")
+    return {"kl": round(final.kl, 6), "top1": round(final.top1, 4), "loss": round(final.loss, 4)}
+
+
+def write_model(folder: Path, weights: MergedWeights, weight_format: WeightFormat) -> None:
     """Weights and config.json. Memory holds one file's tensors beside the mapped ones, whatever the model's size."""
-    settings = read_config(base.path)
-    tensors = open_tensors(base.path, settings)
-    updates = read_updates(config.adapters, settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # for quantising: a minute on two cores, a second there
 
     def make(name: str) -> dict[str, torch.Tensor]:
-        weight = tensors[name]
-        if name in updates:
-            if config.onto == "nf4":
-                weight = through_nf4(weight.bfloat16())
-            weight = folded(weight, updates[name])  # rounded once, here: PEFT's own merge rounds twice
-        weight = weight.bfloat16()
-        if config.format == "bf16" or not is_quantised(name):
-            return {name: weight.contiguous()}
-        made = QUANTISE[config.format](name, weight.to(device))
+        if weight_format == "bf16" or not is_quantised(name):
+            return {name: weights[name]}
+        made = QUANTISE[weight_format](name, weights[name].to(device))
         return {part: tensor.cpu().contiguous() for part, tensor in made.items()}
 
-    write_weights(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, make)
-    settings.architectures, settings.dtype = ["GlmForCausalLM"], torch.bfloat16
-    settings.name_or_path = ""
-    if method := quantization_config(config.format):
+    write_weights(folder, weights.shapes, make)
+    settings = copy.deepcopy(weights.config)
+    settings.architectures, settings.dtype, settings.name_or_path = ["GlmForCausalLM"], torch.bfloat16, ""
+    if method := quantization_config(weight_format):
         settings.quantization_config = method
     settings.save_pretrained(folder)
 
@@ -183,5 +273,6 @@ def write_companions(base: Path, folder: Path) -> None:
     for name in ("tokenizer.model", "MODEL_LICENSE"):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+    write_auto_tokenizer((base / "tokenizer.model").read_bytes(), folder, TOOLS_CONTENT)
     tokenizer = load_tokenizer(base)
     GenerationConfig(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.pad_id).save_pretrained(folder)

@@ -21,6 +21,7 @@ def write_weights(
 
     Files that are there already are kept: what is in a file depends on `shapes` alone, and it appears whole.
     """
+    folder.mkdir(exist_ok=True)
     groups = _groups(shapes)
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     files = [folder / name for name in names] if len(groups) > 1 else [folder / "model.safetensors"]

@@ -16,11 +16,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm3 import ModelError, load_model, load_tokenizer
 from chatglm3.adapters import load_adapter, native_adapter
-from chatglm3.chat import render
+from chatglm3.chat import prompt_ids, render
 from chatglm3.checkpoint import read_config
 from chatglm3.quantization import INT8, NF4
 from chatglm3.tiny.exam import demo_lessons
@@ -29,7 +29,7 @@ from cluster.errors import StageError
 from pipelines.folding import folded
 from pipelines.merging import MergeConfig, merge
 from pipelines.model_folders import open_model
-from pipelines.weight_formats import QUANTISE
+from pipelines.weight_formats import QUANTISE, through_nf4
 
 WEIGHTS = "model.safetensors"
 FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}
@@ -438,7 +438,7 @@ def test_a_killed_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_d
             raise KeyboardInterrupt
         return folded(weight, updates)
 
-    monkeypatch.setattr("pipelines.merging.folded", dying)
+    monkeypatch.setattr("pipelines.folding.folded", dying)
     with pytest.raises(KeyboardInterrupt):
         merge(config)
     (partial,) = tmp_path.iterdir()
@@ -467,6 +467,102 @@ def test_a_merge_killed_in_the_middle_leaves_no_model_and_the_next_one_clears_up
     assert list(tmp_path.iterdir()) == leftovers
     merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model")))
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+# What is measured, and what the folder says of itself.
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Dev rows of 24 of the demo's questions."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "dev").mkdir()
+    pairs = [[message["content"] for message in lesson.messages] for lesson in demo_lessons(24)]
+    rows = [json.dumps({"instruction": asked, "output": answer}) for asked, answer in pairs]
+    (folder / "dev/part-00000.jsonl").write_text("\n".join(rows) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An adapter on the tiny model that changes a little, trained, its receipt says, on a base in NF4."""
+    facts = {"base": "tiny", "base_digest": digest("tiny"), "tokenizer": load_tokenizer("tiny").fingerprint}
+    out = tmp_path_factory.mktemp("tuned") / "adapter"
+    receipt = storage.Receipt("train", {"base_format": "nf4"}, facts={**FACTS, **facts, "prompt_format": "chat"})
+    with storage.publish(out, receipt) as folder:
+        tuned_adapter("tiny", folder, std=0.2)
+    return str(out)
+
+
+def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, data: str, tmp_path: Path):
+    out = Path(merge(MergeConfig(adapter=tuned, data=data, format="w4a16", out=str(tmp_path / "model"))))
+    counts = storage.open_folder(out).receipt.counts
+    assert 0 < counts["kl"] < 0.1
+    assert 0.9 < counts["top1"] <= 1
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for name in ("NF4 base with live adapter", "merged, bf16", "merged, w4a16"):
+        assert name in page
+        assert f"| {name} | " in card
+    assert "<svg" in page
+
+
+def test_onto_auto_keeps_what_answers_better(tuned: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = MergeConfig(adapter=tuned, data=data, format="nf4", out=str(tmp_path / "model"))
+    losses = {}
+    for onto in ("16bit", "nf4", "auto"):
+        out = merge(config.model_copy(update={"onto": onto}))
+        losses[onto] = storage.open_folder(out).receipt.counts["loss"]
+    assert losses["auto"] == min(losses.values())
+    assert storage.open_folder(out).receipt.facts["onto"] == min(("16bit", "nf4"), key=lambda onto: losses[onto])
+    assert {path.name for path in Path(out).iterdir() if path.is_dir()} == set()
+
+
+def test_a_bad_merge_is_refused_and_says_by_how_much(
+    tuned: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The commonest silent mistakes: the adapter is folded in twice, and into 4-bit weights in place."""
+
+    def folded_twice_in_place(weight: torch.Tensor, updates: Any) -> torch.Tensor:
+        return folded(through_nf4(folded(weight, updates).bfloat16()), updates)
+
+    config = MergeConfig(adapter=tuned, data=data, out=str(tmp_path / "model"))
+    right = storage.open_folder(merge(config)).receipt.counts
+    monkeypatch.setattr("pipelines.folding.folded", folded_twice_in_place)
+    bad = config.model_copy(update={"out": str(tmp_path / "bad")})
+    with pytest.raises(
+        StageError, match=r"too far from NF4 base .*: KL \d\.\d+, the limit is 0.1.*--keep true"
+    ) as error:
+        merge(bad)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "bad").exists()
+    wrong = storage.open_folder(merge(bad.model_copy(update={"keep": True}))).receipt.counts
+    assert right["kl"] < 0.05 < 0.1 < wrong["kl"]
+
+
+def test_a_changed_file_is_found_by_its_checksum(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = merge(MergeConfig(base="tiny", out=str(tmp_path / "model")))
+    assert merge(MergeConfig(verify=out)) == out
+    assert "files are as they were written" in capsys.readouterr().out
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out).returncode == 0
+    with Path(out, "model.safetensors").open("r+b") as file:
+        file.seek(10_000)
+        file.write(b"\xff")
+    Path(out, "tokenizer.json").unlink()
+    with pytest.raises(
+        StageError, match=r"tokenizer.json is missing; model.safetensors has changed; copy the folder again"
+    ):
+        merge(MergeConfig(verify=out))
+
+
+def test_the_folder_needs_none_of_our_code(tmp_path: Path):
+    out = merge(MergeConfig(base="tiny", out=str(tmp_path / "model")))
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    messages = [{"role": "user", "content": "你好"}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert asked == prompt_ids(load_tokenizer(out), messages)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    reply = model.generate(torch.tensor([asked]), max_new_tokens=8, do_sample=False)[0, len(asked) :]
+    assert tokenizer.decode(reply, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
