@@ -1,10 +1,8 @@
 """The prepare stage's report: numbers as report.json, pictures and samples as one self-contained report.html."""
 
 import html
-import io
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from pipelines.data_statistics import SAMPLES_SHOWN, Statistics, quantiles
 from pipelines.recipe import Built
+from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
 from pipelines.shards import BadRow
 
 BAD_ROWS_SHOWN = 50
@@ -35,10 +34,9 @@ def write_report(folder: Path, report: Mapping[str, Any], settings: Mapping[str,
         "Leak check": _leaks(numbers["leaks"]),
         f"{len(samples)} rows": _SAMPLES_HINT + "".join(map(_sample, samples)),
         "Bad rows": _bad_rows(report["quarantine"]),
-        "Settings": _table(settings.items()),
+        "Settings": pairs(settings.items()),
     }
-    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
-    (folder / "report.html").write_text(_PAGE.replace("BODY", body), encoding="utf-8")
+    write_page(folder / "report.html", "Prepared data", sections)
 
 
 def _flow(numbers: Mapping[str, Any]) -> str:
@@ -53,7 +51,7 @@ def _flow(numbers: Mapping[str, Any]) -> str:
         ("rows for training", rows.get("train", 0)),
         ("rows for evaluation (dev)", rows.get("dev", 0)),
     ]
-    return _table((name, f"{count:,}") for name, count in items)
+    return pairs((name, f"{count:,}") for name, count in items)
 
 
 def _numbers(numbers: Mapping[str, Any], statistics: Statistics) -> str:
@@ -68,42 +66,28 @@ def _numbers(numbers: Mapping[str, Any], statistics: Statistics) -> str:
         facts.append(("answers that quote their document", f"{quoted:.1%}"))
     prompt, answer = statistics.lengths()
     lengths = {"prompt": prompt, "answer": answer, "whole example": prompt + answer}
-    heads = "".join(f"<th>{name}</th>" for name in ["tokens of a", *quantiles(prompt)])
-    rows = "".join(
-        f"<tr><th>{name}</th>{''.join(f'<td>{value:,}</td>' for value in quantiles(values).values())}</tr>"
-        for name, values in lengths.items()
-    )
-    return f"{_table(facts)}<table><tr>{heads}</tr>{rows}</table>"
+    heads = ["tokens of a", *quantiles(prompt)]
+    rows = ([name, *(f"{value:,}" for value in quantiles(values).values())] for name, values in lengths.items())
+    return pairs(facts) + grid(heads, rows)
 
 
 def _pictures(numbers: Mapping[str, Any], statistics: Statistics) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # Text stays text, as the browser's fonts have Chinese, and a "$" in it begins no formula.
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False}):
-        return _drawn(plt, numbers, statistics)
-
-
-def _drawn(plt: Any, numbers: Mapping[str, Any], statistics: Statistics) -> str:
     prompt, answer = statistics.lengths()
-    figure, axes = plt.subplots(2, 3, figsize=(14, 6.4), layout="constrained")
-    (lengths, answers, kinds), (documents, places, changes) = axes
-    lengths.hist(prompt + answer, bins=40)
-    lengths.set_title("tokens of an example")
-    answers.hist(answer, bins=np.geomspace(1, max(answer.max(initial=2), 2), 30))
-    answers.set_xscale("log")
-    answers.set_title("tokens of an answer")
-    _bars(kinds, "kinds of rows", numbers["kinds"])
-    _columns(documents, "documents in a prompt", numbers["documents_in_a_prompt"])
-    _columns(places, "number of the golden document", numbers["place_of_the_golden_document"])
-    _bars(changes, "dropped and changed", {**numbers["bad"], **numbers["dropped"], **numbers["changes"]})
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return re.sub(r"^.*?(?=<svg)", "", picture.getvalue(), count=1, flags=re.DOTALL)
+    with drawing() as plt:
+        figure, axes = plt.subplots(2, 3, figsize=(14, 6.4), layout="constrained")
+        (lengths, answers, kinds), (documents, places, changes) = axes
+        lengths.hist(prompt + answer, bins=40)
+        lengths.set_title("tokens of an example")
+        answers.hist(answer, bins=np.geomspace(1, max(answer.max(initial=2), 2), 30))
+        answers.set_xscale("log")
+        answers.set_title("tokens of an answer")
+        _bars(kinds, "kinds of rows", numbers["kinds"])
+        _columns(documents, "documents in a prompt", numbers["documents_in_a_prompt"])
+        _columns(places, "number of the golden document", numbers["place_of_the_golden_document"])
+        _bars(changes, "dropped and changed", {**numbers["bad"], **numbers["dropped"], **numbers["changes"]})
+        picture = as_svg(figure)
+        plt.close(figure)
+    return picture
 
 
 def _bars(axes: Any, title: str, counts: Mapping[str, int]) -> None:
@@ -121,7 +105,7 @@ def _columns(axes: Any, title: str, counts: Mapping[str, int]) -> None:
 def _leaks(leaks: Mapping[str, int]) -> str:
     wrong = [name for name, count in leaks.items() if count and name not in ("groups", "documents")]
     verdict = f"&#10007; leaks: {', '.join(wrong)}" if wrong else "&#10003; nothing of the dev side is seen in training"
-    return f"<p><b>{verdict}</b></p>" + _table((name.replace("_", " "), f"{count:,}") for name, count in leaks.items())
+    return f"<p><b>{verdict}</b></p>" + pairs((name.replace("_", " "), f"{count:,}") for name, count in leaks.items())
 
 
 _SAMPLES_HINT = "<p>What the model is trained on is <mark>marked</mark>.</p>"
@@ -157,24 +141,3 @@ def _bad_rows(bad: list[BadRow]) -> str:
         for row in bad[:BAD_ROWS_SHOWN]
     )
     return f"<p>{len(bad):,}, all in quarantine.jsonl</p><table>{rows}</table>"
-
-
-def _table(items: Iterable[tuple[str, Any]]) -> str:
-    rows = (f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>" for name, value in items)
-    return f"<table>{''.join(rows)}</table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>prepare report</title><style>
-body { font: 15px/1.6 system-ui, "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; max-width: 1200px;
-  margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; } tr > * { text-align: left; padding: .2em .8em;
-  border-bottom: 1px solid #ddd; font-weight: normal; vertical-align: top; } td { overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: 1em; } pre i { color: #777; }
-summary { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; cursor: pointer; }
-mark { background: #ffe58a; } svg { max-width: 100%; height: auto; }
-</style></head><body><h1>Prepared data</h1>
-BODY
-</body></html>
-"""

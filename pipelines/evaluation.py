@@ -1,13 +1,14 @@
-"""A model, and another beside it, asked every question of a split: predictions, scores with intervals, a picture."""
+"""A model, and another beside it, asked every question of a split: answers, scores with intervals, a gate."""
 
 import asyncio
 import json
 import random
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ray.data
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from ray.exceptions import RayError
 
 from chatglm3 import load_tokenizer, parse_reply
@@ -17,24 +18,38 @@ from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.progress import track
-from pipelines import metrics
+from pipelines.comparison import compare
+from pipelines.evaluation_report import write_report
+from pipelines.gate import GATED, Earlier, judge, open_earlier
+from pipelines.metrics import MetricName
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
-from pipelines.score_report import Result, Row, draw_scores, gold_answer, print_scores, write_rows, write_scores
+from pipelines.questions import Answer, Row
+from pipelines.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
 WITHOUT_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
+def _split(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
 class EvaluateConfig(Config):
     """Answer a split's questions with a model, score the answers, and compare with another model on the same rows.
 
-    Writes OUT/rows.jsonl (each question with every answer and its scores), scores.json and scores.png.
+    Writes OUT/rows.jsonl (each question with every answer and its scores), scores.json, scores.png and report.html.
+    With --gate it ends with an error, after that, if the model is worse than an earlier one.
     """
 
     model: str = "out/model"
     """Model to score: `tiny`, an official folder, or one that merge wrote."""
     against: str = ""
     """Model to compare with; `base` is the one that --model was tuned from."""
+    gate: str = ""
+    """Earlier evaluation (its folder, or its scores.json) whose model this one must not be worse than, beyond chance.
+    Where its rows.jsonl stands there too, the answers are compared row by row, which tells smaller differences."""
+    gate_metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split)] = GATED
+    """What the gate looks at, with commas between."""
     data: str = "out/data"
     """Folder written by prepare."""
     split: Literal["dev", "train"] = "dev"
@@ -54,23 +69,33 @@ class EvaluateConfig(Config):
 
 
 def evaluate(config: EvaluateConfig) -> str:
-    """Score a model, and the one it is compared with, and return the folder of results."""
+    """Score a model, and the one it is compared with, and return the folder of results.
+
+    Raises StageError, with the folder written, if the model is worse than that of the evaluation at `config.gate`.
+    """
     storage.check_output(config.out, "evaluate")
     models = open_models(config)
     data = storage.open_folder(config.data, "prepare")
     for model in models.values():
         warn_of_other_wording(model, data.receipt.facts.get("prompt_digest", ""), f"that of --data {config.data}")
     rows = read_rows(config)
+    earlier = open_earlier(config.gate, rows, config.gate_metrics) if config.gate else None
     inputs = {str(data.path): data.digest} | {str(model.path): folder_digest(model.path) for model in models.values()}
+    if earlier:
+        inputs[str(earlier.path)] = earlier.digest
     receipt = storage.receipt_of("evaluate", config, inputs=inputs, counts={"rows": len(rows)})
     with storage.publish(config.out, receipt) as folder:
         session.connect()
-        results = {name: _result(name, model, rows, config) for name, model in models.items()}
-        write_rows(folder / "rows.jsonl", rows, results)
-        write_scores(folder / "scores.json", results)
-        draw_scores(folder / "scores.png", results)
-    print_scores(results, len(rows))
-    print(f"evaluate: the answers are in {config.out}/rows.jsonl, the picture is {config.out}/scores.png")
+        found = _found(models, rows, earlier, config)
+        _write(folder, found, config)
+        if found.verdict:
+            receipt.facts["gate_passed"] = found.verdict.passed
+    print_scores(found)
+    print(f"evaluate: the answers are in {config.out}/rows.jsonl, the failures in {config.out}/report.html")
+    if found.verdict and not found.verdict.passed:
+        raise StageError(f"--gate {config.gate}: {config.model} is {found.verdict}; look at {config.out}/report.html")
+    if found.verdict:
+        print(f"evaluate: gate passed: {config.model} is {found.verdict}")
     return config.out
 
 
@@ -102,8 +127,8 @@ def read_rows(config: EvaluateConfig) -> list[Row]:
     return rows
 
 
-def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str]:
-    """The model's reply to each row's instruction, in order, from an actor pool of `config.workers` engines."""
+def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Answer]:
+    """The model's answer to each row's instruction, in order, from an actor pool of `config.workers` engines."""
     gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.workers, 1, gpus)
     questions = [{"row": index, "instruction": row["instruction"]} for index, row in enumerate(rows)]
@@ -124,14 +149,14 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[str
     )
     try:
         arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows))
-        replies = {answer["row"]: answer["reply"] for answer in arriving}
+        found = {each["row"]: Answer(each["text"], int(each["tokens"]), float(each["seconds"])) for each in arriving}
     except RayError as error:  # its last line is the error that the engine or the loading of the model raised
         raise StageError(f"asking {model.name} failed: {str(error).strip().splitlines()[-1]}") from error
-    return [replies[index] for index in range(len(rows))]
+    return [found[index] for index in range(len(rows))]
 
 
 class Answerer:
-    """An engine in an actor of Ray Data: a batch of instructions in, the replies out."""
+    """An engine in an actor of Ray Data: a batch of instructions in, the answers out."""
 
     def __init__(self, folder: str, prompt_format: PromptFormat, sampling: Sampling, batch_size: int) -> None:
         self.tokenizer = load_tokenizer(folder)
@@ -140,32 +165,48 @@ class Answerer:
         self.engine = load_engine("auto", folder, max_batch=batch_size)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"row": batch["row"], "reply": asyncio.run(self._replies(batch["instruction"]))}
+        answers = asyncio.run(self._answers(batch["instruction"]))
+        columns = {name: [getattr(answer, name) for answer in answers] for name in ("text", "tokens", "seconds")}
+        return {"row": batch["row"], **columns}
 
-    async def _replies(self, instructions: list[str]) -> list[str]:
-        return await asyncio.gather(*map(self._reply, instructions))
+    async def _answers(self, instructions: list[str]) -> list[Answer]:
+        return await asyncio.gather(*map(self._answer, instructions))
 
-    async def _reply(self, instruction: str) -> str:
-        """The answer's text; empty for a question that does not fit into the model's context."""
+    async def _answer(self, instruction: str) -> Answer:
+        """The answer; an empty one to a question that does not fit into the model's context."""
         prompt = question_ids(self.tokenizer, [{"role": "user", "content": instruction}], self.prompt_format)
+        started = time.monotonic()
         try:
-            text = (await complete(self.engine, prompt, self.sampling)).text
+            completion = await complete(self.engine, prompt, self.sampling)
         except RequestError:
-            return ""
-        return parse_reply(text).content if self.prompt_format == "chat" else text
+            return Answer("", 0, 0.0)
+        seconds = time.monotonic() - started
+        text = parse_reply(completion.text).content if self.prompt_format == "chat" else completion.text
+        return Answer(text, len(completion.token_ids), seconds)
+
+
+def _found(
+    models: dict[str, ModelFolder], rows: list[Row], earlier: Earlier | None, config: EvaluateConfig
+) -> Evaluation:
+    results = {name: _result(name, model, rows, config) for name, model in models.items()}
+    model, against = results["model"], results.get("against")
+    comparison = compare(model.points, against.points) if against else {}
+    verdict = judge(earlier, model.points, model.scores, config.gate_metrics) if earlier else None
+    return Evaluation(rows, results, comparison, verdict)
 
 
 def _result(name: str, model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> Result:
-    replies = ask(model, rows, config)
-    if empty := replies.count(""):
+    answers = ask(model, rows, config)
+    if empty := sum(not answer.text for answer in answers):
         print(
             f"evaluate: {model.name} gave no answer to {empty} of {len(rows)} rows; do prompt and --max_tokens fit it?"
         )
-    points = [_points(row, reply) for row, reply in zip(rows, replies, strict=True)]
     role = {"against": "base", "model": "tuned"}[name] if config.against == "base" else ""
-    return Result(model, f"{role} {model.name}".strip(), replies, points, metrics.summarize(points))
+    return Result.of(model, f"{role} {model.name}".strip(), rows, answers)
 
 
-def _points(row: Row, reply: str) -> metrics.Points:
-    # A row of the multidoc preset without a golden document cannot be answered; other presets' rows have no such field.
-    return metrics.score(reply, gold_answer(row), row.get("golden"), answerable=row.get("golden", 0) is not None)
+def _write(folder: Path, found: Evaluation, config: EvaluateConfig) -> None:
+    write_rows(folder / "rows.jsonl", found)
+    write_scores(folder / "scores.json", found, {"folder": config.data, "split": config.split, "limit": config.limit})
+    draw_scores(folder / "scores.png", found)
+    write_report(folder / "report.html", found, config.model_dump())

@@ -1,12 +1,15 @@
-"""How good answers are: exact match, F1, ROUGE-L, citations, refusals, each with a confidence interval."""
+"""How good answers are: exact match, F1, ROUGE-L, BLEU-4, citations, refusals, each with a confidence interval."""
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import jieba
 import numpy as np
+from numpy.typing import NDArray
 
 from chatglm3.documents import parse_answer
 
@@ -14,10 +17,25 @@ jieba.setLogLevel(logging.WARNING)  # it reports the loading of its dictionary o
 
 # Punctuation as CMRC 2018's official script lists it. (Its "……" is two characters and never equals one.)
 PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
-METRICS = ("exact_match", "f1", "rouge_l", "citation_accuracy", "refusal_precision", "refusal_recall")
+MetricName = Literal[
+    "exact_match",
+    "f1",
+    "rouge_l",
+    "bleu_4",
+    "citation_accuracy",
+    "citation_precision",
+    "citation_recall",
+    "refusal_precision",
+    "refusal_recall",
+]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
+NGRAM = 4
+RESAMPLES = 1000
 
-Points = dict[str, tuple[float, float]]
-"""Metric -> (points, possible points) of one row; a row that says nothing about a metric has 0 possible points."""
+Points = dict[str, tuple[float, ...]]
+"""Metric -> what one row adds to the sums that the metric is computed from: its points and the points possible, for
+BLEU what `ngram_counts` gives. The last number is 0 where the row says nothing about the metric."""
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -33,34 +51,67 @@ class Score:
 def score(prediction: str, gold: str, golden: int | None = None, answerable: bool = True) -> Points:
     """Score one reply. `gold` is the answer without citation, `golden` the document that holds it (1-based).
 
-    As in SQuAD 2.0, a refusal and an answer have nothing in common, however their characters overlap. Citing other
-    documents beside the golden one is a wrong citation.
+    As in SQuAD 2.0, a refusal and an answer have nothing in common, however their characters overlap. Accurate is a
+    citation of the golden document and no other; precise are citations as far as they are golden ones, and those of
+    an answer that no document holds are not. BLEU looks at rows with an answer only: refusals all have the same words.
     """
     answer = parse_answer(prediction)
+    gold = parse_answer(gold).text if answerable else gold
     right_refusal = float(answer.refused and not answerable)
     if answer.refused or not answerable:
-        overlap = [right_refusal] * 3
+        exact, run, subsequence = [right_refusal] * 3
     else:
-        gold = parse_answer(gold).text
-        overlap = [measure(answer.text, gold) for measure in (exact_match, f1, rouge_l)]
-    possible = (1.0, 1.0, 1.0, float(answerable and golden is not None), float(answer.refused), float(not answerable))
-    points = (*overlap, float(answer.citations == (golden,)), right_refusal, right_refusal)
-    return dict(zip(METRICS, zip(points, possible, strict=True), strict=True))
+        exact, run, subsequence = (measure(answer.text, gold) for measure in (exact_match, f1, rouge_l))
+    has_golden = float(answerable and golden is not None)
+    cited = float(golden in answer.citations)
+    return {
+        "exact_match": (exact, 1.0),
+        "f1": (run, 1.0),
+        "rouge_l": (subsequence, 1.0),
+        "bleu_4": (*ngram_counts("" if answer.refused else answer.text, gold), float(answerable)),
+        "citation_accuracy": (float(answer.citations == (golden,)), has_golden),
+        "citation_precision": (cited, float(len(answer.citations)) if has_golden or not answerable else 0.0),
+        "citation_recall": (cited, has_golden),
+        "refusal_precision": (right_refusal, float(answer.refused)),
+        "refusal_recall": (right_refusal, float(not answerable)),
+    }
 
 
-def summarize(rows: Sequence[Points], seed: int = 0, resamples: int = 1000) -> dict[str, Score]:
+def value_of(metric: str, sums: Array) -> Array:
+    """The metric of summed points [..., numbers] -> [...]; nan where nothing was possible."""
+    if metric == "bleu_4":
+        return np.where(sums[..., -1] > 0, bleu(sums), np.nan)
+    with np.errstate(invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def summarize(rows: Sequence[Points], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Score]:
     """Each metric over all rows. Metrics with no possible points (no unanswerable rows, say) are left out."""
-    table = np.array([[row[name] for name in METRICS] for row in rows])  # [rows, metrics, 2]
-    random = np.random.default_rng(seed)
-    sums = np.array([table[random.integers(0, len(rows), len(rows))].sum(0) for _ in range(resamples)])
+    tables = points_of(rows)
+    drawn = resampled_sums(list(tables.values()), seed, resamples)
     scores = {}
-    for index, name in enumerate(METRICS):
-        points, possible = table[:, index].sum(0)
-        if possible:
-            drawn = sums[sums[:, index, 1] > 0, index]
-            low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
-            scores[name] = Score(points / possible, float(low), float(high), int(possible))
+    for (name, table), sums in zip(tables.items(), drawn, strict=True):
+        low, high = np.nanquantile(value_of(name, sums), (0.025, 0.975))
+        value = value_of(name, table.sum(0))
+        scores[name] = Score(float(value), float(low), float(high), int(np.count_nonzero(table[:, -1])))
     return scores
+
+
+def points_of(rows: Sequence[Points]) -> dict[str, Array]:
+    """Metric -> points of all rows [rows, numbers]. Metrics that no row says anything about are left out."""
+    found = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: table for name, table in found.items() if table[:, -1].any()}
+
+
+def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:
+    """Column sums of each table in bootstrap samples of its rows, the same rows of all: [resamples, numbers] each."""
+    if not tables:
+        return []
+    side_by_side = np.hstack(tables)
+    num_rows, random = len(side_by_side), np.random.default_rng(seed)
+    draws = (np.bincount(random.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(resamples))
+    sums = np.array([draw @ side_by_side for draw in draws])
+    return np.split(sums, np.cumsum([table.shape[1] for table in tables])[:-1], axis=1)
 
 
 def exact_match(prediction: str, gold: str) -> float:
@@ -83,6 +134,30 @@ def rouge_l(prediction: str, gold: str) -> float:
     return _f1(_words(prediction), _words(gold), _longest_common_subsequence)
 
 
+def ngram_counts(prediction: str, gold: str) -> tuple[float, ...]:
+    """What a row adds to corpus BLEU, over jieba's words: for n = 1 to 4 the prediction's n-grams that the gold answer
+    has too (each at most as often as there), then all of its n-grams, and both lengths in words."""
+    words, gold_words = _words(prediction), _words(gold)
+    grams = [(_ngrams(words, n), _ngrams(gold_words, n)) for n in range(1, NGRAM + 1)]
+    common = [float((ours & theirs).total()) for ours, theirs in grams]
+    return (*common, *(float(ours.total()) for ours, _ in grams), float(len(words)), float(len(gold_words)))
+
+
+def bleu(sums: Array) -> Array:
+    """BLEU-4 of summed `ngram_counts` [..., 10 or more] -> [...], Papineni et al. 2002: of the corpus, not smoothed.
+
+    It is what `sacrebleu.corpus_bleu(..., smooth_method="none", use_effective_order=True)` computes: where all answers
+    are shorter than four words, the longest n-grams that there are count.
+    """
+    common, total = sums[..., :NGRAM], sums[..., NGRAM : 2 * NGRAM]
+    words, gold_words = sums[..., 2 * NGRAM], sums[..., 2 * NGRAM + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithms = np.where(total > 0, np.log(common / total), 0.0)
+        mean = logarithms.sum(-1) / np.maximum((total > 0).sum(-1), 1)
+        brevity = np.minimum(0.0, 1 - gold_words / words)
+        return np.where(words > 0, np.exp(mean + brevity), 0.0)
+
+
 def segments(text: str) -> list[str]:
     """CMRC 2018's `mixed_segmentation(rm_punc=True)`: Chinese characters singly, other writing by words."""
     return re.findall(r"[一-龥]|[^\W一-龥]+(?:(?:[.']|(?<=\d),(?=\d))[^\W一-龥]+)*|[^\w\s]", _bare(text))
@@ -94,6 +169,10 @@ def _bare(text: str) -> str:
 
 def _words(text: str) -> list[str]:
     return [word for word in jieba.cut(text) if not word.isspace()]
+
+
+def _ngrams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
 
 
 def _f1(prediction: list[str], gold: list[str], common: Callable[[list[str], list[str]], int]) -> float:

@@ -60,28 +60,70 @@ def test_two_models_are_scored_on_the_same_rows_in_their_order(
 
     written = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"] for row in written] == [f"a.json:{number}" for number in range(10)]
+    assert all(0 < row[name]["seconds"] < 60 for row in written for name in ("model", "against"))
+    seconds = [row["model"].pop("seconds") for row in written]
     assert written[0]["model"] == {
-        "prediction": HELLO, "exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "citation_accuracy": 0.0,
+        "prediction": HELLO, "tokens": 18, "exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0,
+        "citation_accuracy": 0.0, "citation_recall": 0.0,
     }  # fmt: skip
     assert written[3]["model"] == {
-        "prediction": HELLO, "exact_match": 0.0, "f1": 0.0, "rouge_l": 0.0, "refusal_recall": 0.0,
+        "prediction": HELLO, "tokens": 18, "exact_match": 0.0, "f1": 0.0, "rouge_l": 0.0, "refusal_recall": 0.0,
     }  # fmt: skip
     assert written[8]["gold"] == "你好👋"
     assert "citation_accuracy" not in written[8]["model"]
 
     scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    assert list(scores) == ["against", "model"]
+    assert list(scores) == ["against", "model", "comparison", "data"]
     assert (scores["against"]["folder"], scores["model"]["folder"]) == (str(model), tuned)
     exact = scores["model"]["exact_match"]
     assert (exact["value"], exact["n"]) == (0.8, 10)
     assert exact["low"] < 0.8 < exact["high"]
     assert (scores["model"]["citation_accuracy"]["n"], scores["model"]["refusal_recall"]["n"]) == (8, 1)
+    assert scores["model"]["answer_tokens"] == {"mean": 18.0, "p50": 18.0, "p95": 18.0, "max": 18.0}
+    assert scores["model"]["answer_seconds"]["max"] == max(seconds)
+    assert {place: found["n"] for place, found in scores["model"]["f1_by_golden_position"].items()} == {"1": 8}
+    exact = scores["comparison"]["exact_match"]
+    assert (exact["new"], exact["old"], exact["difference"], exact["p"], exact["n"]) == (0.8, 0.8, 0.0, 1.0, 10)
+    assert {name: scores["data"][name] for name in ("folder", "split", "limit", "rows")} == {
+        "folder": data, "split": "dev", "limit": 0, "rows": 10,
+    }  # fmt: skip
+    assert "answered wrongly 1<" in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
     assert storage.open_folder(out, "evaluate").receipt.counts == {"rows": 10}
     printed = capsys.readouterr().out
     assert "10 rows" in printed
     assert "exact_match" in printed
     assert "80.0" in printed
+
+
+def test_a_gate_ends_the_stage_with_the_folder_written_when_the_model_has_become_worse(
+    ray_cluster: None, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The second model is the first one cut off after four tokens."""
+    known = {"instruction": "你好", "output": HELLO}
+    data = prepared(tmp_path / "data", [known | {"id": str(number)} for number in range(12)])
+    config = EvaluateConfig(model=str(model), data=data, out=str(tmp_path / "first"), max_tokens=24, use_gpu=False)
+    first = evaluate(config)
+    assert "gate" not in json.loads(Path(first, "scores.json").read_text())
+    again = config.model_copy(update={"out": str(tmp_path / "again"), "gate": f"{first}/scores.json"})
+    evaluate(again)
+    assert f"gate passed: {model} is not worse than {model} on the same 12 rows" in capsys.readouterr().out
+    assert storage.open_folder(tmp_path / "again", "evaluate").receipt.facts == {"gate_passed": True}
+
+    worse = again.model_copy(update={"out": str(tmp_path / "worse"), "gate": first, "max_tokens": 4})
+    with pytest.raises(StageError, match=r"is worse than .*exact_match -100.0 points \(100.0 to 0.0; 95 % ") as error:
+        evaluate(worse)
+    assert str(error.value).startswith(f"--gate {first}: {model} is worse than {model} on the same 12 rows: ")
+    assert str(error.value).endswith(f"; look at {tmp_path}/worse/report.html")
+    assert "\n" not in str(error.value)
+    folder = storage.open_folder(tmp_path / "worse", "evaluate")
+    assert folder.receipt.facts == {"gate_passed": False}
+    assert folder.receipt.inputs[first] == storage.open_folder(first).digest
+    assert json.loads((folder.path / "scores.json").read_text())["gate"]["passed"] is False
+    assert "&#10007; worse than" in (folder.path / "report.html").read_text(encoding="utf-8")
+
+    with pytest.raises(StageError, match=r"--out .*first is also an input, which would be lost; name another folder"):
+        evaluate(again.model_copy(update={"out": first}))
 
 
 def test_a_question_that_does_not_fit_gets_no_answer_and_a_damaged_model_ends_the_stage(
@@ -92,6 +134,7 @@ def test_a_question_that_does_not_fit_gets_no_answer_and_a_damaged_model_ends_th
     config = EvaluateConfig(model=str(model), data=data, out=str(tmp_path / "scores"), max_tokens=24)
     rows = [json.loads(line) for line in Path(evaluate(config), "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["model"]["prediction"] for row in rows] == ["", HELLO]
+    assert [row["model"]["tokens"] for row in rows] == [0, 18]
 
     damaged = tmp_path / "damaged"
     shutil.copytree(model, damaged)

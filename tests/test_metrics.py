@@ -1,12 +1,14 @@
 """Scores of answers, worked out by hand from the official rules."""
 
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from chatglm3.documents import REFUSAL, cited_answer, parse_answer
-from pipelines.metrics import exact_match, f1, rouge_l, score, segments, summarize
+from pipelines.metrics import bleu, exact_match, f1, ngram_counts, rouge_l, score, segments, summarize
 
 
 def test_exact_match_ignores_case_and_punctuation_as_cmrc_2018_does():
@@ -37,6 +39,32 @@ def test_rouge_l_is_the_common_subsequence_of_words():
     assert rouge_l("", "我在北京") == 0.0
 
 
+def test_bleu_is_of_the_corpus_over_words_and_not_smoothed():
+    # 我 / 来到 / 北京 / 清华大学: all of its n-grams are in the gold answer, which is as long.
+    whole = ngram_counts("我来到北京清华大学", "我来到北京清华大学")
+    assert whole == (4, 3, 2, 1, 4, 3, 2, 1, 4, 4)
+    # 我 / 来到 / 北京: 3, 2, 1 and no n-grams, one word short of the gold answer.
+    short = ngram_counts("我来到北京", "我来到北京清华大学")
+    assert short == (3, 2, 1, 0, 3, 2, 1, 0, 3, 4)
+    assert float(bleu(np.array(whole))) == 1.0
+    assert float(bleu(np.array(short))) == pytest.approx(math.exp(1 - 4 / 3))  # precision 1, and the brevity penalty
+    assert float(bleu(np.array(whole) + np.array(short))) == pytest.approx(math.exp(1 - 8 / 7))
+    assert float(bleu(np.array(ngram_counts("", "我来到北京")))) == 0.0
+
+
+def test_bleu_is_that_of_sacrebleu():
+    """sacrebleu 2.6.0 on the same words, with smooth_method="none" and effective_order=True, gives this number."""
+    pairs = [("我来到北京清华大学读书了", "我来到北京清华大学读书"), ("部门经理签字后生效", "由部门经理签字后立即生效")]
+    rows = [score(prediction, gold) for prediction, gold in pairs]
+    assert summarize(rows)["bleu_4"].value == pytest.approx(0.6231838376616488, abs=1e-12)
+
+
+def test_refusals_have_the_same_words_so_bleu_leaves_rows_without_an_answer_out():
+    right, wrong = score(REFUSAL, REFUSAL, answerable=False), score(REFUSAL, "我来到北京清华大学", golden=1)
+    assert right["bleu_4"][-1] == 0.0
+    assert wrong["bleu_4"] == (0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1.0)
+
+
 def test_a_cited_answer_is_scored_without_its_citation():
     points = score("曹雪芹[2]", "曹雪芹", golden=2)
     assert points["exact_match"] == (1.0, 1.0)
@@ -48,9 +76,19 @@ def test_citing_every_document_is_no_right_citation():
     assert score("曹雪芹[1][2][3]", "曹雪芹", golden=2)["citation_accuracy"] == (0.0, 1.0)
 
 
+def test_citations_have_precision_and_recall():
+    """Right; right with another; wrong; none; and one to a question that no document answers."""
+    replies = [("北京[2]", 2), ("北京[1][2]", 2), ("北京[3]", 2), ("北京", 2), ("北京[1]", None)]
+    rows = [score(reply, "北京", golden, answerable=golden is not None) for reply, golden in replies]
+    scores = summarize(rows)
+    assert (scores["citation_precision"].value, scores["citation_precision"].n) == (2 / 5, 4)
+    assert (scores["citation_recall"].value, scores["citation_recall"].n) == (2 / 4, 4)
+    assert (scores["citation_accuracy"].value, scores["citation_accuracy"].n) == (1 / 4, 4)
+
+
 def test_rows_without_a_golden_document_say_nothing_of_citations_and_refusals():
     points = score("曹雪芹", "曹雪芹")
-    assert [name for name, (_, possible) in points.items() if possible] == ["exact_match", "f1", "rouge_l"]
+    assert [name for name, value in points.items() if value[-1]] == ["exact_match", "f1", "rouge_l", "bleu_4"]
 
 
 def test_a_refusal_and_an_answer_have_nothing_in_common():
@@ -59,7 +97,7 @@ def test_a_refusal_and_an_answer_have_nothing_in_common():
     invented = score("根据提供的文档是北京[1]", REFUSAL, answerable=False)
     assert (invented["f1"], invented["refusal_recall"]) == ((0.0, 1.0), (0.0, 1.0))
     right = score(REFUSAL, REFUSAL, answerable=False)
-    assert {name: value for name, (value, possible) in right.items() if possible} == {
+    assert {name: value[0] for name, value in right.items() if value[-1]} == {
         "exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "refusal_precision": 1.0, "refusal_recall": 1.0,
     }  # fmt: skip
 

@@ -1,0 +1,44 @@
+"""Questions that have one right answer, what a model answered to them, and what an answer is worth."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import metrics
+
+Row = dict[str, Any]
+"""A row that prepare wrote."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's reply to one question, citations included. Empty, of no tokens, if the question did not fit."""
+
+    text: str
+    tokens: int
+    seconds: float
+    """From handing the prompt to the engine, which answers others at the same time, to the last token."""
+
+
+def gold_answer(row: Row) -> str:
+    """The row's right answer, without citation."""
+    gold: str = row["answer"] if "answer" in row else row["output"]
+    return gold
+
+
+def is_answerable(row: Row) -> bool:
+    """Whether a document holds the answer: not in a row of the multidoc preset without a golden document."""
+    return row.get("golden", 0) is not None  # other presets' rows have no such field
+
+
+def score_answer(row: Row, reply: str) -> metrics.Points:
+    """What a reply to the row's question is worth."""
+    return metrics.score(reply, gold_answer(row), row.get("golden"), answerable=is_answerable(row))
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """sha256 over the rows' questions and right answers, in order."""
+    lines = (json.dumps([row["instruction"], gold_answer(row), row.get("golden")]) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
