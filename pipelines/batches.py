@@ -1,5 +1,6 @@
 """Packed blocks as tensors on a device: padded to one size, and on their way before they are needed."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
@@ -98,6 +99,23 @@ def batches_ahead(
         waiting = batch, copied
     if waiting:
         yield _arrived(*waiting)
+
+
+class Timed:
+    """Batches, and the seconds that were spent on getting them. A GPU waits for less: it has work queued meanwhile."""
+
+    def __init__(self, batches: Iterable[PackedBatch]) -> None:
+        self.seconds = 0.0
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        while True:
+            started = time.monotonic()
+            batch = next(self._batches, None)
+            self.seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
 
 
 def _arrived(batch: PackedBatch, copied: torch.cuda.Event) -> PackedBatch:

@@ -47,7 +47,9 @@ class BlockFile:
 
     def __init__(self, path: str | Path) -> None:
         self._file = pq.ParquetFile(path, memory_map=True)
-        self.target_counts: np.ndarray = self._file.read(["target_count"])["target_count"].to_numpy()
+        counts = self._file.read(["target_count", "lengths"])
+        self.target_counts: np.ndarray = counts["target_count"].to_numpy()
+        self.token_counts = np.array([sum(lengths) for lengths in counts["lengths"].to_pylist()], np.int64)
 
     def __len__(self) -> int:
         return len(self.target_counts)

@@ -1,13 +1,14 @@
-"""Training to look at: metrics.jsonl and TensorBoard from the worker, a bar at the driver, a picture at the end."""
+"""Training to look at: metrics.jsonl and TensorBoard from the worker, a bar at the driver."""
 
 import json
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 SECONDS_BETWEEN_LINES = 20  # without a terminal, a bar becomes lines
@@ -54,7 +55,7 @@ class LossBoard:
 
     def __enter__(self) -> "LossBoard":
         done = len(read_metrics(self._path))
-        if done and any(self._path.parent.glob("checkpoint_*")):
+        if done:
             print(f"train: resuming: an earlier run of this reached step {done}; going on from its last checkpoint")
         self._thread.start()
         return self
@@ -71,7 +72,6 @@ class LossBoard:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
-            TimeRemainingColumn(),
         )
         last_line = time.monotonic()
         with Progress(*columns, disable=not terminal) as progress:
@@ -82,45 +82,20 @@ class LossBoard:
                 rows = read_metrics(self._path)
                 if not rows:
                     continue
-                progress.update(task, completed=len(rows), description=_describe(rows))
+                progress.update(task, completed=len(rows), description=_describe(rows, self._steps))
                 if not terminal and (stopping or time.monotonic() - last_line > SECONDS_BETWEEN_LINES):
-                    print(f"train: step {len(rows)}/{self._steps} {_describe(rows)}", flush=True)
+                    print(f"train: step {len(rows)}/{self._steps} {_describe(rows, self._steps)}", flush=True)
                     last_line = time.monotonic()
 
 
-def _describe(rows: list[dict[str, Any]]) -> str:
-    recent = [row["loss"] for row in rows[-10:]]
+def _describe(rows: list[dict[str, Any]], steps: int) -> str:
+    """Means of the last ten steps, and how long the rest will take."""
+    recent = rows[-10:]
+    loss, seconds, tokens = (sum(row[name] for row in recent) for name in ("loss", "seconds", "tokens"))
     dev = [row["dev_loss"] for row in rows if "dev_loss" in row]
-    return f"loss {sum(recent) / len(recent):.3f}" + (f" dev {dev[-1]:.3f}" if dev else "")
-
-
-def draw_losses(metrics: Path, picture: Path) -> dict[str, float]:
-    """Draw the loss curve of a metrics file and return its last values."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(metrics)
-    dev = [row for row in rows if "dev_loss" in row]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], alpha=0.4, label="training, each step")
-    axes.plot([row["step"] for row in rows], _smooth([row["loss"] for row in rows]), label="training, smoothed")
-    if dev:
-        axes.plot([row["step"] for row in dev], [row["dev_loss"] for row in dev], "o-", label="dev")
-    axes.set(xlabel="step", ylabel="loss per answer token", title="Fine-tuning", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
-    last = {"loss": rows[-1]["loss"]} if rows else {}
-    return last | ({"dev_loss": dev[-1]["dev_loss"]} if dev else {})
-
-
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    smoothed: list[float] = []
-    total = norm = 0.0
-    for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(total / norm)
-    return smoothed
+    left = timedelta(seconds=round((steps - len(rows)) * seconds / len(recent)))
+    waiting = sum(row["waiting_seconds"] for row in recent) / seconds
+    return (
+        f"loss {loss / len(recent):.3f}{f' dev {dev[-1]:.3f}' if dev else ''}, {tokens / seconds:,.0f} tokens/s, "
+        f"waiting for data {waiting:.0%}, {left} left"
+    )

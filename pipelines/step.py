@@ -141,8 +141,13 @@ def run_batches(model: PeftModel, batches: Iterable[PackedBatch], target_count: 
     """
     total = torch.zeros((), device=next(model.parameters()).device)
     for batch in batches:
-        torch.manual_seed(zlib.crc32(f"{seed}:{batch.rows[0]}".encode()))
+        seed_dropout(seed, batch)
         loss = answer_loss(model, batch) / target_count
         loss.backward()
         total += loss.detach()
     return total
+
+
+def seed_dropout(seed: str, batch: PackedBatch) -> None:
+    """Seed the generators by step and block, which dropout is a function of then, and of no worker's history."""
+    torch.manual_seed(zlib.crc32(f"{seed}:{batch.rows[0]}".encode()))

@@ -1,8 +1,10 @@
 """Instruction rows and a base model in; a LoRA adapter out, trained on any number of workers."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, Literal
 
 import ray.train
 from pydantic import Field
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from chatglm3 import ModelError
@@ -21,10 +23,12 @@ from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.block_files import BlockFile
 from pipelines.memory import Memory, choose_memory
-from pipelines.model_folders import open_model
+from pipelines.model_folders import ModelFolder, open_model
 from pipelines.packing import PackingConfig, pack_split
-from pipelines.progress import LossBoard, draw_losses
+from pipelines.progress import LossBoard
 from pipelines.step import BaseFormat
+from pipelines.strategies import Strategy
+from pipelines.training_report import write_training_report
 from pipelines.worker import TrainingPlan, train_worker
 
 
@@ -88,10 +92,16 @@ class TrainConfig(Config):
     """Gradients are scaled down to this norm."""
     eval_steps: int = Field(0, ge=0)
     """Measure the loss on the dev rows every so many steps; 0: after each epoch."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many evaluations without a lower dev loss, and keep the adapter that had the lowest; 0: go on to
+    the last step, and keep its adapter."""
     save_steps: int = Field(50, ge=0)
-    """Write a checkpoint every so many steps; 0: after each epoch."""
+    """Write a checkpoint every so many steps; 0: after each epoch. Each evaluation and a node's notice that it will be
+    taken away write one too. Training goes on meanwhile."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay in OUT.run."""
+    """How many checkpoints stay: those of lowest dev loss, and always the newest."""
+    storage: str = ""
+    """Where checkpoints go, a folder or an address such as s3://bucket/path; unless given, OUT.run."""
     recompute: bool | None = None
     """Compute activations again in the backward pass: less memory, a third slower. Unless given: if a GPU has no
     memory for blocks of 4,096 tokens otherwise."""
@@ -99,8 +109,14 @@ class TrainConfig(Config):
     """Prompt ids that are kept (bare format only; the chat format cuts nothing)."""
     max_output_length: int = Field(512, ge=2)
     """Answer ids that are kept (bare format only)."""
+    strategy: Strategy = "ddp"
+    """ddp: every worker holds the whole base, right while one GPU has room for it (ChatGLM3-6B in NF4: 4 GB); zero2:
+    DeepSpeed shards gradients and optimizer; zero3: the base too, at a gather for each layer. The curve is the same."""
     workers: int = Field(1, ge=1)
     """Worker processes. The loss curve does not depend on it."""
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with as few workers as this when nodes are lost, and with more again when there are nodes for them; unless
+    given, wait for all of --workers."""
     use_gpu: bool | None = None
     """Give each worker a GPU; unless given, whether the cluster has GPUs now (nodes scaled to zero do not count)."""
     max_failures: int = Field(3, ge=0)
@@ -116,6 +132,10 @@ def train(config: TrainConfig) -> str:
     base = open_model(config.base, "--base")
     if "quantization_config" in base.config:
         raise StageError(f"--base {config.base} is quantised already; give the 16-bit model it was made from")
+    if config.lora.dora and config.strategy == "zero3":
+        raise StageError(
+            "--lora.dora true: with --strategy zero3 no worker has a row's whole length; give zero2 or ddp"
+        )
     storage.check_output(config.out, "train", (config.data, base.location))
     base_digest = base.weights_digest
     digest = _digest(config, base_digest, data)
@@ -124,11 +144,9 @@ def train(config: TrainConfig) -> str:
         return config.out
     session.connect()
     gpus = session.gpus_per_worker(config.use_gpu)
-    session.require(config.workers, 1, gpus)
+    session.require(config.min_workers or config.workers, 1, gpus)
     run = Path(f"{Path(config.out)}.run").resolve() / f"run-{digest[:16]}"
-    longest = int(data.receipt.config.get("max_tokens") or 0)
-    memory = choose_memory(config, read_config(base.path), longest, run / "memory.json", gpus)
-    plan = make_plan(config, memory, base.location, data, run)
+    plan = make_plan(config, base, data, run, gpus)
     result = _fit(config, plan, gpus)
     facts = {
         "base": base.location,
@@ -142,19 +160,30 @@ def train(config: TrainConfig) -> str:
     }
     receipt = storage.receipt_of("train", config, inputs={config.data: data.digest}, facts=facts)
     with storage.publish(config.out, receipt) as folder:
-        shutil.copytree(Path(result.checkpoint.path) / "adapter", folder, dirs_exist_ok=True)
+        with _published(config, result).as_directory() as checkpoint:
+            shutil.copytree(Path(checkpoint) / "adapter", folder, dirs_exist_ok=True)
         for name in ("metrics.jsonl", "tensorboard"):
             _copy(Path(plan.folder) / name, folder / name)
-        receipt.counts.update(steps=plan.steps, **draw_losses(folder / "metrics.jsonl", folder / "loss.png"))
+        receipt.counts.update(write_training_report(folder, config.model_dump(), gpus))
         receipt.seconds = round(time.monotonic() - started, 1)
-    print(f"train: {plan.steps} steps, loss curve in {config.out}/loss.png; next: merge --adapter {config.out}")
+    steps = receipt.counts["steps"]
+    print(f"train: {steps} steps, curves in {config.out}/report.html; next: merge --adapter {config.out}")
     return config.out
 
 
-def make_plan(config: TrainConfig, memory: Memory, base: str, data: storage.Folder, folder: Path) -> TrainingPlan:
+def _published(config: TrainConfig, result: ray.train.Result) -> Checkpoint:
+    """The newest checkpoint or, with `patience`, the one of lowest dev loss."""
+    if not config.patience:
+        return result.checkpoint
+    return min(result.best_checkpoints, key=lambda kept: kept[1]["dev_loss"])[0]
+
+
+def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, folder: Path, gpus: int) -> TrainingPlan:
     """Pack the data and work out what every worker must know; raises StageError when there is nothing to train on."""
+    longest = int(data.receipt.config.get("max_tokens") or 0)
+    memory = choose_memory(config, read_config(base.path), longest, folder / "memory.json", gpus)
     sized = {"block_tokens": memory.block_tokens}
-    packing = PackingConfig(tokenizer=base, **config.model_dump(include=_PACKING_FIELDS), **sized)
+    packing = PackingConfig(tokenizer=base.location, **config.model_dump(include=_PACKING_FIELDS), **sized)
     blocks = {split: str(pack_split(data, split, packing, folder.parent / "blocks")) for split in ("train", "dev")}
     counts = storage.open_folder(Path(blocks["train"]).parent).receipt.counts
     if not BlockFile(blocks["train"]).target_counts.any():
@@ -162,19 +191,10 @@ def make_plan(config: TrainConfig, memory: Memory, base: str, data: storage.Fold
     per_step = max(1, round(config.batch_size * counts["blocks"] / counts["examples"]))
     steps_per_epoch = math.ceil(counts["blocks"] / per_step)
     steps = min(math.ceil(config.epochs * steps_per_epoch), config.max_steps or 10**12)
-    fill = counts["tokens"] / counts["blocks"] / memory.block_tokens
-    print(
-        f"train: {counts['examples']:,} examples, {counts['tokens']:,} tokens in {counts['blocks']:,} blocks "
-        f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {config.workers} workers"
-    )
-    if per_step < config.workers:
-        print(
-            f"train: a step has {per_step} blocks, so {config.workers - per_step} of {config.workers} workers will be "
-            f"idle; raise --batch_size or lower --block_tokens"
-        )
+    _tell(counts, steps, per_step, memory, config.workers)
     return TrainingPlan(
         **config.model_dump(include=set(TrainingPlan.model_fields) - {"base", "block_tokens", "recompute"}),
-        base=base,
+        base=base.location,
         block_tokens=memory.block_tokens,
         recompute=memory.recompute,
         folder=str(folder),
@@ -187,20 +207,43 @@ def make_plan(config: TrainConfig, memory: Memory, base: str, data: storage.Fold
     )
 
 
+def _tell(counts: dict[str, Any], steps: int, per_step: int, memory: Memory, workers: int) -> None:
+    fill = counts["tokens"] / counts["blocks"] / memory.block_tokens
+    print(
+        f"train: {counts['examples']:,} examples, {counts['tokens']:,} tokens in {counts['blocks']:,} blocks "
+        f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {workers} workers"
+    )
+    if per_step < workers:
+        print(
+            f"train: a step has {per_step} blocks, so {workers - per_step} of {workers} workers will be "
+            f"idle; raise --batch_size or lower --block_tokens"
+        )
+
+
 _PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}
 
 
 def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result:
     folder = Path(plan.folder)
+    if config.min_workers:  # how long Ray Train waits for a node that died, before it makes do with fewer
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=plan.model_dump(),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=bool(gpus), resources_per_worker=_share(gpus)),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
+            use_gpu=bool(gpus),
+            resources_per_worker=_share(gpus),
+        ),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=str(folder.parent),
+            storage_path=_storage(config, folder),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.keep_checkpoints,
+                checkpoint_score_attribute="dev_loss",
+                checkpoint_score_order="min",
+            ),
             callbacks=[LastingErrors()],
         ),
     )
@@ -217,18 +260,29 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
         ) from error
 
 
+def _lasts(error: Exception) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or isinstance(error, (StageError, ModelError, FloatingPointError, ValueError))
+
+
 class LastingErrors(ray.train.UserCallback):
     """Ends the run at an error that new workers would only meet again; Ray Train tries again after every error."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise StageError, which ends the run, if all of the workers' errors are such."""
         errors = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
-        if not all(isinstance(error, (StageError, ModelError, FloatingPointError, ValueError)) for error in errors):
+        if not all(map(_lasts, errors)):
             return
         error, remedy = errors[0], "mend that, and the same command goes on from the last checkpoint"
         if isinstance(error, FloatingPointError):
-            remedy = "lower --learning_rate, or look at these rows"
+            remedy = "look at these rows, or lower --learning_rate"
         raise StageError(f"training failed: {' '.join(str(error).split())}; {remedy}")
+
+
+def _storage(config: TrainConfig, folder: Path) -> str:
+    if not config.storage:
+        return str(folder.parent)
+    return config.storage if "://" in config.storage else str(Path(config.storage).resolve())
 
 
 def _share(gpus: int) -> dict[str, float]:
@@ -242,11 +296,13 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+_CURVE_IGNORES = {"out", "workers", "min_workers", "use_gpu", "strategy", "max_failures"}
+_CURVE_IGNORES |= {"save_steps", "keep_checkpoints", "storage"}
+
+
 def _digest(config: TrainConfig, base_digest: str, data: storage.Folder) -> str:
     """Identity of the loss curve: data and settings, but not where it is written or on how many workers."""
-    settings = config.model_dump(
-        exclude={"out", "data", "base", "workers", "use_gpu", "max_failures", "keep_checkpoints", "save_steps"}
-    )
+    settings = config.model_dump(exclude={"data", "base"} | _CURVE_IGNORES)
     text = json.dumps([settings, base_digest, data.receipt.facts["dataset"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,34 +1,39 @@
 """What each training worker does: its share of every step, checkpoints, metrics. One process per GPU."""
 
+import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from ray.train import Checkpoint
+from peft import LoraConfig, PeftModel
+from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
-from safetensors.torch import load_file
 
 from cluster.config import Config
-from pipelines.batches import PackedBatch, Padding, batches_ahead
+from pipelines.batches import PackedBatch, Padding, Timed, batches_ahead
 from pipelines.block_files import BlockFile
 from pipelines.blocks import BlockOrder
+from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.progress import MetricsLog
 from pipelines.step import (
     BaseFormat,
-    answer_loss,
     compile_layers,
     recompute_layers,
-    run_batches,
     sum_over_workers,
     trainable_model,
 )
+from pipelines.strategies import Replicated, Strategy, Workers, adamw
+
+# Checkpoints are kept by their dev loss. Ray Train writes infinity as null, which it cannot read.
+UNKNOWN = sys.float_info.max
 
 
 class TrainingPlan(Config):
@@ -40,6 +45,7 @@ class TrainingPlan(Config):
     recompute: bool
     compiled: bool = True
     """Whether a GPU's decoder layers are compiled, which takes half a minute and a C compiler."""
+    strategy: Strategy = "ddp"
     block_tokens: int
     learning_rate: float
     schedule: Literal["linear", "cosine", "constant"]
@@ -55,84 +61,98 @@ class TrainingPlan(Config):
     steps: int
     save_every: int
     eval_every: int
+    patience: int = 0
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train this worker's share from the last checkpoint to the plan's last step."""
     plan = TrainingPlan(**settings)
     context = ray.train.get_context()
-    training = Training(plan, context.get_world_rank(), context.get_world_size(), get_device())
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            training.load(Path(folder))
-    log = MetricsLog(Path(plan.folder), training.step) if training.rank == 0 else None
-    while training.step < plan.steps:
+    rank, world = context.get_world_rank(), context.get_world_size()
+    checkpoint = ray.train.get_checkpoint()
+    with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
+        training = Training(plan, rank, world, get_device(), Path(folder) if folder else None)
+    log = MetricsLog(Path(plan.folder), training.step) if rank == 0 else None
+    warned = False
+    while not training.done:
         metrics = training.advance()
-        last = training.step == plan.steps
-        if training.step % plan.eval_every == 0 or last:
+        if training.step % plan.eval_every == 0 or training.done:
             metrics |= training.evaluate()
         if log:
             log.write(metrics)
-        if training.step % plan.save_every == 0 or last:
+        warning = ray.train.get_preemption_info() is not None  # a node is about to be taken away
+        if "dev_loss" in metrics or training.step % plan.save_every == 0 or training.done or warning > warned:
             _report(training, metrics)
+        warned = warning
 
 
 def _report(training: "Training", metrics: dict[str, float]) -> None:
-    """Hand a checkpoint to Ray Train; every worker takes part, the first one writes."""
-    if training.rank:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        training.save(Path(folder))
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+    """Hand a checkpoint to Ray Train, which uploads it while training goes on. All workers take part, one writes."""
+    folder = tempfile.mkdtemp(prefix="checkpoint-") if training.rank == 0 else None
+    training.save(Path(folder) if folder else None)
+    ray.train.report(
+        {"dev_loss": UNKNOWN} | metrics,
+        checkpoint=Checkpoint.from_directory(folder) if folder else None,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+    )
 
 
 class Training:
     """Model, optimizer and step number of one worker. Knows Ray only by rank and world size."""
 
-    def __init__(self, plan: TrainingPlan, rank: int, world: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: TrainingPlan, rank: int, world: int, device: torch.device, start: Path | None = None
+    ) -> None:
+        """At the plan's beginning, or where the run was that wrote `start`, on any number of workers."""
         self.plan, self.rank, self.world, self.device = plan, rank, world, device
-        self.step = 0
         torch.manual_seed(plan.seed)  # every worker draws the same adapters
         self.model: PeftModel = trainable_model(plan.base, plan.base_format, _lora_config(plan.lora), device)
+        state = load_checkpoint(self.model, start) if start else {"step": 0, "optimizer": None, "dev_losses": []}
+        self.step: int = state["step"]
+        self.dev_losses: list[float] = state["dev_losses"]
         if plan.recompute:
             recompute_layers(self.model)
         on_gpu = device.type == "cuda"
-        if on_gpu and plan.compiled:
+        if on_gpu and plan.compiled and plan.strategy != "zero3":  # whose hooks between layers' parts cannot be
             compile_layers(self.model)
         self.padding = Padding(plan.block_tokens) if on_gpu else None
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=on_gpu
-        )
+        self.workers = _workers(plan, self.model, state["optimizer"])
         self.train_blocks, self.dev_blocks = BlockFile(plan.train_blocks), BlockFile(plan.dev_blocks)
         self.order = BlockOrder(len(self.train_blocks), plan.blocks_per_step, plan.seed)
-        self.batches = self._batches_from(0)
+        self.batches = self._batches()
 
-    def _batches_from(self, step: int) -> Iterator[PackedBatch]:
-        """This worker's batches of `step` and all after it: the first of a step is under way before the step begins."""
-        indices = (i for later in range(step, self.plan.steps) for i in self.order.share(later, self.rank, self.world))
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done, or the dev loss has not fallen for `patience` evaluations."""
+        since_best = len(self.dev_losses) - 1 - self.dev_losses.index(min(self.dev_losses)) if self.dev_losses else 0
+        return self.step >= self.plan.steps or 0 < self.plan.patience <= since_best
+
+    def _batches(self) -> Iterator[PackedBatch]:
+        """This worker's batches of this step and all later ones: the first is on its way before its step begins."""
+        steps = map(self.order.step, range(self.step, self.plan.steps))
+        indices = (index for blocks in steps for index in self._rounds(blocks))
         return batches_ahead((self.train_blocks[i] for i in indices), self.device, self.padding)
 
+    def _rounds(self, blocks: list[int]) -> list[int]:
+        """What this worker computes of `blocks`: its share and, where all must do as many, one that will not count."""
+        mine = blocks[self.rank :: self.world]
+        missing = -(-len(blocks) // self.world) - len(mine)
+        return mine + blocks[:missing] * self.workers.equal_rounds
+
     def advance(self) -> dict[str, float]:
-        """One optimizer step over all workers; returns its metrics. Raises FloatingPointError for a loss of NaN."""
+        """One optimizer step over all workers; returns its metrics. FloatingPointError if the loss is no good."""
         started = time.monotonic()
         rate = learning_rate(self.plan, self.step)
-        targets = int(self.train_blocks.target_counts[self.order.step(self.step)].sum())
-        share = self.order.share(self.step, self.rank, self.world)
-        batches = islice(self.batches, len(share))
-        loss = run_batches(self.model, batches, max(targets, 1), f"{self.plan.seed}:{self.step}")
-        loss = sum_over_workers(self.parameters, loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
+        blocks = self.order.step(self.step)
+        targets = int(self.train_blocks.target_counts[blocks].sum())
+        batches = Timed(islice(self.batches, len(self._rounds(blocks))))
+        counted = len(blocks[self.rank :: self.world])
+        loss = self.workers.losses(batches, counted, max(targets, 1), f"{self.plan.seed}:{self.step}")
+        norm = self.workers.update(rate)
         value, norm_value = torch.stack([loss, norm]).tolist()  # the only time in a step that a GPU is waited for
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            rows = ", ".join(row for index in share for row in self.train_blocks[index].rows[:20])
-            raise FloatingPointError(f"loss {value}, gradient norm {norm_value} at step {self.step + 1}, rows {rows}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._check(value, norm_value, blocks)
+        seconds, tokens = time.monotonic() - started, int(self.train_blocks.token_counts[blocks].sum())
         return {
             "step": self.step,
             "epoch": self.step / self.order.steps_per_epoch,
@@ -140,8 +160,25 @@ class Training:
             "learning_rate": rate,
             "grad_norm": norm_value,
             "answer_tokens": targets,
-            "seconds": time.monotonic() - started,
-        }
+            "tokens": tokens,
+            "seconds": seconds,
+            "waiting_seconds": batches.seconds,
+            "workers": self.world,
+        } | _gpu_memory(self.device)
+
+    def _check(self, loss: float, norm: float, blocks: list[int]) -> None:
+        """Raise FloatingPointError for NaN, and for a loss that guessing at random would not reach by far."""
+        hopeless = 2 * math.log(self.model.config.vocab_size)
+        if math.isfinite(loss) and math.isfinite(norm) and loss < hopeless:
+            return
+        file = Path(self.plan.folder) / f"bad-step-{self.step}.json"
+        if self.rank == 0:
+            rows = [row for index in blocks for row in self.train_blocks[index].rows]
+            text = json.dumps({"step": self.step, "loss": loss, "grad_norm": norm, "rows": rows}, indent=1)
+            file.write_text(text + "\n", encoding="utf-8")
+        raise FloatingPointError(
+            f"loss {loss:.4g}, gradient norm {norm:.4g} at step {self.step}, its rows are in {file}"
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -151,25 +188,34 @@ class Training:
             return {}
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        blocks = (self.dev_blocks[index] for index in range(self.rank, len(self.dev_blocks), self.world))
-        for batch in batches_ahead(blocks, self.device, self.padding):
-            total += answer_loss(self.model, batch)
+        blocks = list(range(len(self.dev_blocks)))
+        mine = len(blocks[self.rank :: self.world])
+        batches = batches_ahead((self.dev_blocks[i] for i in self._rounds(blocks)), self.device, self.padding)
+        for number, batch in enumerate(batches):
+            total += self.workers.loss(batch) * (number < mine)
         self.model.train()
-        return {"dev_loss": sum_over_workers([], total).item() / targets}
+        self.dev_losses.append(sum_over_workers([], total).item() / targets)
+        return {"dev_loss": self.dev_losses[-1]}
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter (plain PEFT) and the optimizer's state."""
-        # Told not to look for changed embeddings, PEFT does not ask the network what the base's were.
-        self.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        torch.save({"step": self.step, "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
+    def save(self, folder: Path | None) -> None:
+        """Write a checkpoint into `folder`; with None, take part in what another worker writes."""
+        state = {"step": self.step, "dev_losses": self.dev_losses, "optimizer": self.workers.optimizer_state()}
+        with self.workers.whole():
+            if folder:
+                save_checkpoint(self.model, state, folder)
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        set_peft_model_state_dict(self.model, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        state = torch.load(folder / "state.pt", weights_only=True, map_location=self.device)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.batches = self._batches_from(self.step)
+
+def _gpu_memory(device: torch.device) -> dict[str, float]:
+    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
+
+
+def _workers(plan: TrainingPlan, model: PeftModel, state: Any) -> Workers:
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], plan.learning_rate, plan.weight_decay)
+    if plan.strategy == "ddp":
+        return Replicated(model, optimizer, plan.max_grad_norm, state)
+    from pipelines.zero import Sharded  # which brings DeepSpeed
+
+    return Sharded(model, optimizer, plan.max_grad_norm, state, stage=int(plan.strategy[-1]))
 
 
 def learning_rate(plan: TrainingPlan, step: int) -> float:

@@ -39,3 +39,23 @@ def ray_cluster() -> Iterator[None]:
     session.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few prepared rows to train on."""
+    from chatglm3.tiny.knowledge import write_shards
+    from pipelines.preparation import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("rows")
+    write_shards(str(folder / "raw"), "demo", 120, seed=5)
+    return prepare(PrepareConfig(raw=str(folder / "raw"), out=str(folder / "data")))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> str:
+    """An adapter trained by one worker, on CPU as all of these: curves are compared, and two would want two GPUs."""
+    from pipelines.training import TrainConfig, train
+    from tests.training_runs import SETTINGS
+
+    return train(TrainConfig(data=rows, out=str(tmp_path_factory.mktemp("one") / "adapter"), **SETTINGS))

@@ -7,55 +7,33 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
 
-from chatglm3.tiny.knowledge import write_shards
 from cluster import session
 from cluster.errors import StageError
 from pipelines.model_folders import open_model
-from pipelines.preparation import PrepareConfig, prepare
 from pipelines.progress import MetricsLog, read_metrics
 from pipelines.training import TrainConfig, train
+from tests.training_runs import SETTINGS, assert_same_curve, curve, kill_a_worker_after_step, steps_of
 
 pytestmark = pytest.mark.slow
-SETTINGS: dict[str, Any] = {
-    "base_format": "fp32",
-    "max_steps": 12,
-    "save_steps": 2,
-    "batch_size": 8,
-    "block_tokens": 1024,
-    "use_gpu": False,
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data")
-    write_shards(str(folder / "raw"), "demo", 120, seed=5)
-    return prepare(PrepareConfig(raw=str(folder / "raw"), out=str(folder / "data")))
-
-
-def curve(adapter: str | Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> str:
-    """An adapter trained by one worker, on CPU as all of these: curves are compared, and two would want two GPUs."""
-    return train(TrainConfig(data=data, out=str(tmp_path_factory.mktemp("one") / "adapter"), **SETTINGS))
 
 
 def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage_must_know(
-    undisturbed: str, data: str
+    undisturbed: str, rows: str
 ) -> None:
     names = {path.name for path in Path(undisturbed).iterdir()}
-    assert names >= {"adapter_config.json", "adapter_model.safetensors", "loss.png", "tensorboard", "receipt.json"}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss.png",
+        "report.html",
+        "tensorboard",
+        "receipt.json",
+    }
     receipt = json.loads(Path(undisturbed, "receipt.json").read_text())
     facts = receipt["facts"]
     assert receipt["seconds"] > 5  # of the whole stage, not of copying its results
@@ -71,41 +49,23 @@ def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage
 
 
 def test_two_workers_give_the_curve_of_one_although_one_is_killed_in_the_middle(
-    undisturbed: str, data: str, tmp_path: Path
+    undisturbed: str, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "adapter"
     killer = threading.Thread(target=kill_a_worker_after_step, args=(Path(f"{out}.run"), 4), daemon=True)
     killer.start()
-    train(TrainConfig(data=data, out=str(out), workers=2, **SETTINGS))
+    train(TrainConfig(data=rows, out=str(out), workers=2, **SETTINGS))
     killer.join(timeout=1)
     assert not killer.is_alive(), "no worker was killed"
     assert_same_curve(out, undisturbed)
 
 
-def assert_same_curve(adapter: str | Path, expected: str | Path) -> None:
-    """Every step once, with the losses of an undisturbed run."""
-    assert [step for step, _ in curve(adapter)] == list(range(1, 13))
-    assert [loss for _, loss in curve(adapter)] == pytest.approx([loss for _, loss in curve(expected)], rel=1e-3)
-
-
-def steps_of(run: Path) -> list[str]:
-    """The lines of a run's metrics so far."""
-    return [line for file in run.glob("run-*/metrics.jsonl") for line in file.read_text().splitlines()]
-
-
-def kill_a_worker_after_step(run: Path, step: int) -> None:
-    while len(steps_of(run)) < step:
-        time.sleep(0.05)
-    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-    workers[-1].send_signal(signal.SIGKILL)
-
-
 def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve(
-    undisturbed: str, data: str, tmp_path: Path
+    undisturbed: str, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "adapter"
     settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "pipelines", "train", "--data", data, "--out", str(out), *settings]
+    command = [sys.executable, "-m", "pipelines", "train", "--data", rows, "--out", str(out), *settings]
     for end, step, code in ((signal.SIGINT, 4, 130), (signal.SIGKILL, 8, -9)):
         run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while len(steps_of(Path(f"{out}.run"))) < step:
@@ -120,25 +80,25 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve(
     assert_same_curve(out, undisturbed)
 
 
-def test_a_finished_run_is_not_trained_further(undisturbed: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_trained_further(undisturbed: str, rows: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = Path(undisturbed, "adapter_model.safetensors").read_bytes()
-    train(TrainConfig(data=data, out=undisturbed, **SETTINGS))
+    train(TrainConfig(data=rows, out=undisturbed, **SETTINGS))
     assert "is finished already" in capsys.readouterr().out
     assert Path(undisturbed, "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_row_longer_than_a_block_and_too_many_workers_are_refused_by_name(
-    data: str, tmp_path: Path, ray_cluster: None
+    rows: str, tmp_path: Path, ray_cluster: None
 ) -> None:
     with pytest.raises(StageError, match=r"row train/part-00000.jsonl:\d+ has \d+ tokens, a block holds 64; raise"):
-        train(TrainConfig(data=data, out=str(tmp_path / "a"), **{**SETTINGS, "block_tokens": 64}))
+        train(TrainConfig(data=rows, out=str(tmp_path / "a"), **{**SETTINGS, "block_tokens": 64}))
     with pytest.raises(StageError, match=r"1000 workers need 1000 CPU, the Ray cluster has \d+; lower --workers"):
-        train(TrainConfig(data=data, out=str(tmp_path / "a"), workers=1000, **SETTINGS))
+        train(TrainConfig(data=rows, out=str(tmp_path / "a"), workers=1000, **SETTINGS))
     assert not (tmp_path / "a").exists()
 
 
 def test_gpus_are_asked_for_as_told_and_one_that_is_not_there_is_refused(
-    data: str, tmp_path: Path, ray_cluster: None
+    rows: str, tmp_path: Path, ray_cluster: None
 ) -> None:
     assert [session.gpus_per_worker(asked) for asked in (True, False)] == [1, 0]
     assert session.gpus_per_worker(None) == int("GPU" in ray.cluster_resources())
@@ -147,16 +107,21 @@ def test_gpus_are_asked_for_as_told_and_one_that_is_not_there_is_refused(
         session.require(1000, 0, 1)
     if "GPU" not in ray.cluster_resources():
         with pytest.raises(StageError, match="1 workers need 1 GPU, the Ray cluster has 0"):
-            train(TrainConfig(data=data, out=str(tmp_path / "a"), **settings))
+            train(TrainConfig(data=rows, out=str(tmp_path / "a"), **settings))
 
 
 def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(
-    data: str, tmp_path: Path, ray_cluster: None
+    rows: str, tmp_path: Path, ray_cluster: None
 ) -> None:
     """Left to Ray Train, it would be met max_failures times more, and the message would say to go on."""
-    with pytest.raises(StageError, match=r"training failed: loss .* at step \d+, rows .*; lower --learning_rate") as e:
-        train(TrainConfig(data=data, out=str(tmp_path / "a"), **{**SETTINGS, "learning_rate": 1e30}))
+    with pytest.raises(
+        StageError, match=r"loss .* at step \d+, its rows are in \S+; look at these rows, or lower"
+    ) as e:
+        train(TrainConfig(data=rows, out=str(tmp_path / "a"), **{**SETTINGS, "learning_rate": 1e30}))
     assert "\n" not in str(e.value)
+    (file,) = (tmp_path / "a.run").glob("run-*/bad-step-*.json")
+    assert str(file) in str(e.value)
+    assert all(row.startswith("train/part-00000.jsonl:") for row in json.loads(file.read_text())["rows"])
     assert not (tmp_path / "a").exists()
 
 

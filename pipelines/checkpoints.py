@@ -1,0 +1,26 @@
+"""What a checkpoint holds: the adapter, and all that training needs to go on as if it had never stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+
+def save_checkpoint(model: PeftModel, state: dict[str, Any], folder: Path) -> None:
+    """Write the adapter (plain PEFT), the step number and the optimizer's state.
+
+    Nothing else is needed. Learning rate and blocks are functions of the step; dropout is seeded by step and block, so
+    that no generator has a past.
+    """
+    # Told not to look for changed embeddings, PEFT does not ask the network what the base's were.
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    torch.save(state, folder / "state.pt")
+
+
+def load_checkpoint(model: PeftModel, folder: Path) -> dict[str, Any]:
+    """Give the model the adapter that `save_checkpoint` wrote, and return the state."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    return state

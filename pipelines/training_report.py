@@ -1,0 +1,82 @@
+"""The train stage's report.html: curves, throughput, waiting, memory and GPU hours, all from metrics.jsonl."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.progress import read_metrics
+from pipelines.report_page import as_svg, drawing, pairs, write_page
+
+Row = dict[str, Any]
+
+
+def write_training_report(folder: Path, settings: Mapping[str, Any], gpus: int) -> dict[str, float]:
+    """Write report.html and loss.png from the folder's metrics.jsonl; returns the numbers for the receipt."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    numbers = summary(rows, gpus)
+    with drawing() as plt:
+        losses, rates = _draw_losses(plt, rows), _draw_rates(plt, rows)
+        losses.savefig(folder / "loss.png", dpi=120)
+        sections = {
+            "Numbers": pairs((name.replace("_", " "), f"{value:,.6g}") for name, value in numbers.items()),
+            "Loss": as_svg(losses),
+            "Speed": as_svg(rates),
+            "Settings": pairs(settings.items()),
+        }
+        plt.close("all")
+    write_page(folder / "report.html", "Fine-tuning", sections)
+    return numbers
+
+
+def summary(rows: list[Row], gpus: int) -> dict[str, float]:
+    """What a run came to. Time is that of the steps: not of starting workers, nor of steps that were done again."""
+    seconds = sum(row["seconds"] for row in rows)
+    dev = [(row["dev_loss"], row["step"]) for row in rows if "dev_loss" in row]
+    numbers = {
+        "steps": rows[-1]["step"],
+        "loss": rows[-1]["loss"],
+        "tokens": sum(row["tokens"] for row in rows),
+        "tokens_per_second": sum(row["tokens"] for row in rows) / seconds,
+        "waiting_share": sum(row["waiting_seconds"] for row in rows) / seconds,
+        "gpu_hours" if gpus else "worker_hours": sum(row["seconds"] * row["workers"] for row in rows) / 3600,
+    }
+    if dev:
+        numbers |= {"dev_loss": dev[-1][0], "lowest_dev_loss": min(dev)[0], "lowest_dev_loss_at_step": min(dev)[1]}
+    if memory := [row["memory_gb"] for row in rows if "memory_gb" in row]:
+        numbers["memory_gb"] = max(memory)
+    return numbers
+
+
+def _draw_losses(plt: Any, rows: list[Row]) -> Any:
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    dev = [row for row in rows if "dev_loss" in row]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, alpha=0.4, label="training, each step")
+    axes.plot(steps, _smooth(losses), label="training, smoothed")
+    if dev:
+        axes.plot([row["step"] for row in dev], [row["dev_loss"] for row in dev], "o-", label="dev")
+    axes.set(xlabel="step", ylabel="loss per answer token", title="Fine-tuning", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_rates(plt: Any, rows: list[Row]) -> Any:
+    steps = [row["step"] for row in rows]
+    figure, (rate, waiting) = plt.subplots(2, 1, figsize=(8, 4.5), layout="constrained", sharex=True)
+    rate.plot(steps, [row["tokens"] / row["seconds"] for row in rows])
+    rate.set(ylabel="tokens a second", ylim=(0, None))
+    waiting.plot(steps, [100 * row["waiting_seconds"] / row["seconds"] for row in rows])
+    waiting.set(xlabel="step", ylabel="% waiting for data", ylim=(0, 100))
+    for axes in (rate, waiting):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    smoothed: list[float] = []
+    total = norm = 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed

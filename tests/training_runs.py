@@ -1,0 +1,43 @@
+"""Training runs that tests compare: on the tiny model, 12 steps, on CPU; and how to kill one in the middle."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+STEPS = 12
+SETTINGS: dict[str, Any] = {
+    "base_format": "fp32",
+    "max_steps": STEPS,
+    "save_steps": 2,
+    "batch_size": 8,
+    "block_tokens": 1024,
+    "use_gpu": False,
+}
+
+
+def curve(adapter: str | Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def assert_same_curve(adapter: str | Path, expected: str | Path) -> None:
+    """Every step once, with the losses of an undisturbed run."""
+    assert [step for step, _ in curve(adapter)] == list(range(1, STEPS + 1))
+    assert [loss for _, loss in curve(adapter)] == pytest.approx([loss for _, loss in curve(expected)], rel=1e-3)
+
+
+def steps_of(run: Path) -> list[str]:
+    """The lines of a run's metrics so far."""
+    return [line for file in run.glob("run-*/metrics.jsonl") for line in file.read_text().splitlines()]
+
+
+def kill_a_worker_after_step(run: Path, step: int) -> None:
+    while len(steps_of(run)) < step:
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers[-1].send_signal(signal.SIGKILL)
