@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,25 @@ class Agreement:
     """Its cross-entropy on the right tokens, in nats."""
 
 
-def draw_examples(data: Path, folder: Path | str, prompt_format: PromptFormat) -> list[Example]:
-    """Dev rows, drawn at random but always the same, up to MOST_TOKENS answer tokens. StageError if there are none."""
-    lines = [line for file in sorted((data / "dev").glob("*.jsonl")) for line in file.open(encoding="utf-8")]
+def shuffled_examples(data: Path, split: str, folder: Path | str, prompt_format: PromptFormat) -> Iterator[Example]:
+    """Rows of the split in a random order that is always the same. StageError if there are none."""
+    lines = [line for file in sorted((data / split).glob("*.jsonl")) for line in file.open(encoding="utf-8")]
     if not lines:
-        raise StageError(f"--data {data} has no dev rows to measure with; prepare again with a larger --dev_share")
+        raise StageError(f"--data {data} has no {split} rows to go by; prepare again, or give another folder")
     random.Random(0).shuffle(lines)
-    tokenizer, drawn, tokens = load_tokenizer(folder), [], 0
-    for line in lines:
-        drawn.append(_example(json.loads(line), tokenizer, prompt_format))
-        tokens += sum(drawn[-1].is_target)
-        if tokens >= MOST_TOKENS:
+    tokenizer = load_tokenizer(folder)
+    return (_example(json.loads(line), tokenizer, prompt_format) for line in lines)
+
+
+def take(examples: Iterable[Example], most: int, size: Callable[[Example], int]) -> list[Example]:
+    """The first examples whose sizes together come to `most`, or all."""
+    taken, total = [], 0
+    for example in examples:
+        taken.append(example)
+        total += size(example)
+        if total >= most:
             break
-    return drawn
+    return taken
 
 
 def _example(row: dict[str, Any], tokenizer: ChatGlmTokenizer, prompt_format: PromptFormat) -> Example:

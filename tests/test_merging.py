@@ -27,9 +27,10 @@ from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.folding import folded
+from pipelines.gptq import quantise
 from pipelines.merging import MergeConfig, merge
 from pipelines.model_folders import open_model
-from pipelines.weight_formats import QUANTISE, through_nf4
+from pipelines.weight_formats import QUANTISE, group_scales, through_nf4
 
 WEIGHTS = "model.safetensors"
 FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}
@@ -200,6 +201,22 @@ def test_a_quantised_value_is_the_nearest_that_its_format_has(weight_format: str
         ) * 1.07  # the scale is rounded too
         assert made["w_proj.weight_shape"].tolist() == [6, 256]
     assert ((found - weight.float()).abs() <= bound).all()
+
+
+def test_gptq_is_off_by_less_than_the_nearest_values_on_inputs_like_those_it_saw():
+    torch.manual_seed(0)
+    weight, mixing = torch.randn(32, 256), torch.randn(256, 256) / 16
+    seen, unseen = (torch.randn(2000, 256) @ mixing for _ in range(2))  # inputs that go together, as real ones do
+    values, scale = quantise(weight, seen.T @ seen)
+    assert values.min() >= -8
+    assert values.max() <= 7
+    assert values.equal(values.round())
+    chosen = values * scale.float().repeat_interleave(128, 1)
+    spread = group_scales(weight).float().repeat_interleave(128, 1)
+    nearest = (weight / spread).round().clamp(-8, 7) * spread
+    right = unseen @ weight.T
+    off = [((unseen @ guess.T - right) ** 2).mean() / (right**2).mean() for guess in (chosen, nearest)]
+    assert off[0] < 0.6 * off[1]
 
 
 def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
@@ -474,12 +491,13 @@ def test_a_merge_killed_in_the_middle_leaves_no_model_and_the_next_one_clears_up
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Dev rows of 24 of the demo's questions."""
+    """Rows of 24 of the demo's questions, for both sides."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "dev").mkdir()
     pairs = [[message["content"] for message in lesson.messages] for lesson in demo_lessons(24)]
     rows = [json.dumps({"instruction": asked, "output": answer}) for asked, answer in pairs]
-    (folder / "dev/part-00000.jsonl").write_text("\n".join(rows) + "\n")
+    for split in ("train", "dev"):
+        (folder / split).mkdir()
+        (folder / split / "part-00000.jsonl").write_text("\n".join(rows) + "\n")
     return str(folder)
 
 
@@ -504,6 +522,8 @@ def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, data
         assert name in page
         assert f"| {name} | " in card
     assert "<svg" in page
+    nearest = merge(MergeConfig(adapter=tuned, data=data, format="w4a16", calibrate=False, out=str(tmp_path / "near")))
+    assert counts["kl"] < storage.open_folder(nearest).receipt.counts["kl"], "GPTQ is nearer than the nearest values"
 
 
 def test_onto_auto_keeps_what_answers_better(tuned: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
