@@ -84,6 +84,7 @@ def _swapped_sums(new: list[Array], old: list[Array], seed: int) -> list[Array]:
         return []
     ours, theirs = np.hstack(new), np.hstack(old)
     random = np.random.default_rng(seed)
-    moved = np.array([random.integers(0, 2, len(ours)) @ (theirs - ours) for _ in range(SWAPS)])
+    apart = (theirs - ours)[(theirs != ours).any(1)]  # rows that earned the same may change sides unseen
+    moved = np.array([random.integers(0, 2, len(apart)).astype(float) @ apart for _ in range(SWAPS)])
     widths = np.cumsum([table.shape[1] for table in new])[:-1]
     return [*np.split(ours.sum(0) + moved, widths, axis=1), *np.split(theirs.sum(0) - moved, widths, axis=1)]

@@ -91,7 +91,8 @@ def evaluate(config: EvaluateConfig) -> str:
         if found.verdict:
             receipt.facts["gate_passed"] = found.verdict.passed
     print_scores(found)
-    print(f"evaluate: the answers are in {config.out}/rows.jsonl, the failures in {config.out}/report.html")
+    print(f"evaluate: the answers are in {config.out}/rows.jsonl, the failures to look through in report.html there")
+    print(f"evaluate: the picture is {config.out}/scores.png")
     if found.verdict and not found.verdict.passed:
         raise StageError(f"--gate {config.gate}: {config.model} is {found.verdict}; look at {config.out}/report.html")
     if found.verdict:

@@ -193,7 +193,8 @@ def _document(number: int, text: str, row: Row, gold: str, cited: Iterable[int])
 
 
 _STYLE = """
-#choice { position: sticky; top: 0; background: #fff; padding: .5em 0; } #choice label { margin-right: 1em; }
+#choice { position: sticky; top: 0; background: #fff; padding: .5em 0; }
+#choice label { margin-right: 1em; white-space: nowrap; }
 details { content-visibility: auto; contain-intrinsic-size: auto 1.6em; }
 summary b { background: #e8e8e8; border-radius: .3em; padding: 0 .4em; font-weight: normal; font-size: 13px; }
 summary i { color: #2a7d2a; font-style: normal; }
