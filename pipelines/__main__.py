@@ -12,6 +12,7 @@ from pipelines.predecessor import translate_flags
 STAGES = {
     "prepare": ("pipelines.preparation:prepare", "check raw shards, split by document, write instruction rows"),
     "train": ("pipelines.training:train", "fine-tune a LoRA adapter on any number of workers"),
+    "sweep": ("pipelines.sweeping:sweep", "try ranks, learning rates and layers; write the best as run.yaml"),
     "merge": ("pipelines.merging:merge", "fold an adapter into its base: bf16, nf4 or int8"),
     "evaluate": ("pipelines.evaluation:evaluate", "score a model on the dev rows, beside another one"),
     "predict": ("pipelines.prediction:predict", "ask one question, or chat in the terminal"),

@@ -1,0 +1,153 @@
+"""Many short trainings in, the best settings out: rank, learning rate and layers, by Ray Tune's ASHA."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import Field
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from cluster import session, storage
+from cluster.config import Config
+from cluster.errors import StageError
+from pipelines.block_files import BlockFile
+from pipelines.model_folders import open_model
+from pipelines.report_page import as_svg, drawing, grid, write_page
+from pipelines.training import TrainConfig, make_plan
+from pipelines.worker import Training, TrainingPlan
+
+TARGETS = {
+    "qkv": ["q_proj", "k_proj", "v_proj"],
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+EVALUATIONS = 8  # of each trial, at which it may be stopped
+
+
+class SweepConfig(Config):
+    """Try settings of train on the same rows and write the best as run.yaml.
+
+    Each trial is one worker with one GPU, if there are any; as many run at once as the cluster has room for. After an
+    eighth of its steps, and then at each evaluation, a trial goes on only if its dev loss is among the best third of
+    those that came as far (ASHA, arXiv:1810.05934). Neither workers nor GPUs change a loss curve, so the best settings
+    are the best on any cluster.
+    """
+
+    train: TrainConfig = TrainConfig()
+    """Settings of all trials, as of the train stage; --train.data and --train.base above all."""
+    ranks: list[int] = Field([8, 16, 32], min_length=1)
+    """Ranks to try; alpha is twice the rank."""
+    learning_rates: list[float] = Field([3e-4, 1e-3, 3e-3], min_length=1)
+    """Learning rates to try."""
+    targets: list[Literal["qkv", "attention", "all"]] = Field(["qkv", "all"], min_length=1)
+    """Layers with adapters to try."""
+    trials: int = Field(8, ge=1)
+    """How many combinations, drawn at random."""
+    at_once: int = Field(0, ge=0)
+    """Trials at a time; 0: as many as the cluster has room for."""
+    out: str = "out/sweep"
+    """Folder to write: run.yaml, trials.csv, report.html."""
+
+
+def sweep(config: SweepConfig) -> str:
+    """Find good settings and return the folder that holds them as run.yaml."""
+    data = storage.open_folder(config.train.data, "prepare")
+    base = open_model(config.train.base, "--train.base")
+    storage.check_output(config.out, "sweep", (config.train.data, base.location))
+    session.connect()
+    gpus = session.gpus_per_worker(config.train.use_gpu)
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    run = Path(f"{Path(config.out)}.run").resolve() / f"sweep-{digest[:16]}"
+    plan = make_plan(config.train.model_copy(update={"workers": 1}), base, data, run, gpus)
+    if not BlockFile(plan.dev_blocks).target_counts.any():
+        raise StageError(f"--train.data {config.train.data} has no dev rows to judge by; prepare with a --dev_share")
+    receipt = storage.receipt_of("sweep", config, inputs={config.train.data: data.digest})
+    results = sorted(_run_trials(config, plan, run, gpus), key=lambda trial: trial["dev_loss"])
+    with storage.publish(config.out, receipt) as folder:
+        _write(folder, config, results)
+        receipt.counts.update(trials=len(results), dev_loss=results[0]["dev_loss"])
+    best = results[0]
+    found = f"rank {best['rank']}, learning rate {best['learning_rate']:g}, {best['targets']}"
+    print(f"sweep: best of {len(results)}: {found}, dev loss {best['dev_loss']:.4f}")
+    print(f"sweep: all trials in {config.out}/report.html; next: train --config {config.out}/run.yaml")
+    return config.out
+
+
+def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -> Iterator[dict[str, Any]]:
+    """The settings of each trial with its lowest dev loss and its (step, dev loss) points."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose first lines no setting turns off
+    space = {"rank": config.ranks, "learning_rate": config.learning_rates, "targets": config.targets}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, plan=plan.model_dump()), {"cpu": 1, "gpu": gpus}),
+        param_space={name: tune.choice(values) for name, values in space.items()},
+        tune_config=tune.TuneConfig(
+            metric="dev_loss",
+            mode="min",
+            num_samples=config.trials,
+            scheduler=ASHAScheduler(
+                time_attr="step", max_t=plan.steps, grace_period=max(1, plan.steps // EVALUATIONS), reduction_factor=3
+            ),
+            search_alg=BasicVariantGenerator(max_concurrent=config.at_once, random_state=config.train.seed),
+        ),
+        run_config=tune.RunConfig(name="trials", storage_path=str(run), verbose=0),
+    )
+    grid_of_results = tuner.fit()
+    if len(grid_of_results) == grid_of_results.num_errors:
+        raise StageError(f"every trial failed: {' '.join(str(grid_of_results.errors[0]).split())[-300:]}")
+    for result in grid_of_results:
+        if result.error is None:
+            points = result.metrics_dataframe[["step", "dev_loss"]].to_numpy().tolist()
+            yield result.config | {"dev_loss": min(loss for _, loss in points), "points": points}
+
+
+def _trial(settings: dict[str, Any], plan: dict[str, Any]) -> None:
+    """One training without checkpoints, which are cheaper to do again than to keep."""
+    lora = {"rank": settings["rank"], "alpha": 2 * settings["rank"], "targets": TARGETS[settings["targets"]]}
+    plan = plan | {"learning_rate": settings["learning_rate"], "lora": plan["lora"] | lora}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training = Training(TrainingPlan(**plan), rank=0, world=1, device=device)
+    every = max(1, training.plan.steps // EVALUATIONS)
+    while not training.done:
+        training.advance()
+        if training.step % every == 0 or training.done:
+            tune.report(training.evaluate() | {"step": training.step})
+
+
+def _write(folder: Path, config: SweepConfig, results: list[dict[str, Any]]) -> None:
+    """run.yaml of the best, trials.csv, report.html."""
+    best, names = results[0], ["rank", "learning_rate", "targets", "dev_loss"]
+    lora = {"rank": best["rank"], "alpha": 2 * best["rank"], "targets": TARGETS[best["targets"]]}
+    chosen = config.train.model_dump(exclude_unset=True, exclude={"out"})
+    chosen |= {"learning_rate": best["learning_rate"], "lora": chosen.get("lora", {}) | lora}
+    (folder / "run.yaml").write_text(yaml.safe_dump({"train": chosen}, sort_keys=False), encoding="utf-8")
+    rows = [[f"{trial[name]:.6g}" if name == "dev_loss" else trial[name] for name in names] for trial in results]
+    with (folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    heads = ["", *(name.replace("_", " ") for name in names), "stopped at step"]
+    lines = [
+        [place, *row, trial["points"][-1][0]] for place, (row, trial) in enumerate(zip(rows, results, strict=True), 1)
+    ]
+    sections = {"Trials, the best first": grid(heads, lines), "Dev loss": _draw(folder / "trials.png", results)}
+    write_page(folder / "report.html", "Sweep", sections)
+
+
+def _draw(picture: Path, results: list[dict[str, Any]]) -> str:
+    with drawing() as plt:
+        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+        for trial in results:
+            label = f"{trial['rank']}, {trial['learning_rate']:g}, {trial['targets']}"
+            axes.plot(*zip(*trial["points"], strict=True), "o-", label=label, alpha=0.8, markersize=3)
+        axes.set(xlabel="step", ylabel="dev loss", yscale="log", title="rank, learning rate, layers")
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        figure.savefig(picture, dpi=120)
+        page = as_svg(figure)
+        plt.close(figure)
+        return page
