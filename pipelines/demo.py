@@ -83,8 +83,8 @@ def demo(config: DemoConfig) -> str:
     _title("6. serve", "the same model behind an OpenAI-compatible endpoint")
     _serve_and_ask(out, port, config.stay)
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. Pictures to look at:")
-    for picture in ("data/report.html", "adapter/loss.png", "evaluation/scores.png"):
-        console.print(f"  {out / picture}")
+    for picture in ("data/report.html", "adapter/loss.png", "model/report.html", "evaluation/report.html"):
+        console.print(f"  {out / picture}", soft_wrap=True)
     return config.out
 
 
