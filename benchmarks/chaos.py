@@ -1,0 +1,450 @@
+"""What training makes of faults: a Markdown table of steps lost, seconds to resume, and whether the curve is the same.
+
+    python -m benchmarks.chaos                        # all faults on two CPU workers, ten minutes
+    python -m benchmarks.chaos worker driver          # some of them
+    python -m benchmarks.chaos --list
+
+Each fault strikes a run of the train command on the tiny model while it is computing. Where that ends the command, as
+a person would it is given again. Seconds are from the fault to the first new step; the curve is compared step by step
+with an undisturbed run's. `raylet` starts a Ray cluster of two nodes; `full-disk` mounts a small tmpfs (root);
+`slow-store` and `store-cut` need `moto_server` (pip install "moto[s3,server]") on PATH or in $MOTO_SERVER.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from chatglm3.tiny.knowledge import write_shards
+
+STEPS, STRIKE_AT = 16, 7
+SETTINGS: dict[str, Any] = {
+    "base_format": "fp32",
+    "max_steps": STEPS,
+    "save_steps": 2,
+    "batch_size": 8,
+    "block_tokens": 1024,
+    "use_gpu": False,
+    "workers": 2,
+}
+BIN = Path(sys.executable).parent
+LIMIT_S = 240
+
+
+@dataclass
+class Outcome:
+    """What became of a run."""
+
+    killed: str
+    steps_lost: int
+    seconds: float
+    commands: int
+    """How often the command was given."""
+    worst: float
+    """Largest relative difference of a step's loss to the undisturbed run's; infinite unless every step is there."""
+
+
+@dataclass
+class Run:
+    """One run of the train command, and where it is."""
+
+    data: str
+    out: Path
+    flags: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[str] | None = None
+    commands: int = 0
+
+    def start(self) -> None:
+        """Give the command."""
+        settings = SETTINGS | self.flags | {"data": self.data, "out": self.out}
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines", "train", *flags],
+            env=os.environ | self.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.commands += 1
+
+    def step(self) -> tuple[int, int]:
+        """The last step in metrics.jsonl, and the file's inode: it is another one after a restart."""
+        for file in Path(f"{self.out}.run").glob("run-*/metrics.jsonl"):
+            return file.read_text().count("\n"), file.stat().st_ino
+        return 0, 0
+
+    def wait(self, step: int, other_than: int = 0) -> tuple[int, int]:
+        """Wait until `step` is done, in a file that is another one; gives the command again when it has ended."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            done, inode = self.step()
+            if done >= step and inode != other_than:
+                return done, inode
+            assert self.process
+            if self.process.poll() not in (None, 0):
+                self.start()
+            if self.process.poll() == 0 and self.out.exists():
+                return done, inode
+            time.sleep(0.02)
+        raise TimeoutError(f"no step {step} within {LIMIT_S} s: {self.out}")
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Processes below the command whose command line holds `name`."""
+        assert self.process
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in below if name in " ".join(_command_line(p))]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+Strike = Callable[[Run], str]
+"""Does the damage, and says what it was."""
+
+
+def kill_a_worker(run: Run) -> str:
+    """SIGKILL to one of two workers."""
+    run.processes("RayTrainWorker")[-1].kill()
+    return "1 of 2 worker processes"
+
+
+def kill_all_workers(run: Run) -> str:
+    """SIGKILL to both."""
+    for process in run.processes("RayTrainWorker"):
+        process.kill()
+    return "both worker processes"
+
+
+def stop_a_worker(run: Run) -> str:
+    """A worker that stands still for five seconds, as on a node that swaps."""
+    process = run.processes("RayTrainWorker")[-1]
+    process.suspend()
+    time.sleep(5)
+    process.resume()
+    return "nothing; 1 of 2 workers stood still for 5 s"
+
+
+def kill_the_controller(run: Run) -> str:
+    """SIGKILL to Ray Train's own actor."""
+    run.processes("TrainController")[0].kill()
+    return "Ray Train's controller"
+
+
+def kill_the_driver(run: Run) -> str:
+    """SIGKILL to the command."""
+    assert run.process
+    run.process.kill()
+    run.process.wait()
+    return "the command; given again"
+
+
+def interrupt_the_driver(run: Run) -> str:
+    """Ctrl-C."""
+    assert run.process
+    run.process.send_signal(signal.SIGINT)
+    run.process.wait()
+    return "Ctrl-C; given again"
+
+
+FAULTS: dict[str, Strike] = {
+    "worker": kill_a_worker,
+    "all-workers": kill_all_workers,
+    "slow-worker": stop_a_worker,
+    "controller": kill_the_controller,
+    "driver": kill_the_driver,
+    "interrupt": interrupt_the_driver,
+}
+
+
+def strike(run: Run, fault: Strike, goes_on: bool) -> tuple[str, int, float]:
+    """Let the fault happen in the middle of the run: what was killed, steps lost, seconds to the next new step."""
+    run.start()
+    inode = run.wait(STRIKE_AT)[1]
+    begun = time.monotonic()
+    killed = fault(run)
+    before = run.step()[0]
+    if goes_on:
+        run.wait(before + 1)
+        return killed, 0, time.monotonic() - begun
+    begun = time.monotonic()
+    kept = run.wait(0, other_than=inode)[0]
+    run.wait(kept + 1)
+    return killed, max(0, before - kept), time.monotonic() - begun
+
+
+def finish(run: Run, killed: str, lost: int, seconds: float, expected: list[float]) -> Outcome:
+    """Wait for the run's end and compare its curve."""
+    assert run.process
+    while not run.out.exists():
+        run.wait(STEPS)
+        if run.process.poll() is not None and run.process.returncode:
+            run.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(timeout=60)
+    run.process.wait(timeout=60)
+    found = curve(run.out)
+    same_steps = [step for step, _ in found] == list(range(1, STEPS + 1))
+    differences = [abs(loss - other) / other for (_, loss), other in zip(found, expected, strict=False)]
+    return Outcome(killed, lost, seconds, run.commands, max(differences) if same_steps else float("inf"))
+
+
+def curve(adapter: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a finished run."""
+    rows = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
+    """A Ray cluster of two nodes on this machine: the environment to join it, and the second node's process."""
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    env |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
+    env |= {"RAY_health_check_failure_threshold": "3", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    port, folder = free_port(), tempfile.mkdtemp(prefix="rc")
+    address = f"127.0.0.1:{port}"
+    common = "--block --num-cpus=1 --object-store-memory=100000000 --node-ip-address=127.0.0.1"
+    nodes = []
+    try:
+        head = (
+            f"--head --port={port} --temp-dir={folder} --include-dashboard=false --ray-client-server-port={free_port()}"
+        )
+        for options in (head, f"--address={address}"):
+            command = [str(BIN / "ray"), "start", *options.split(), *common.split()]
+            options_ = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            nodes.append(subprocess.Popen(command, env=env, **options_))
+            time.sleep(8)
+        yield {**env, "RAY_ADDRESS": address}, nodes[1]
+    finally:
+        for node in nodes:
+            end_tree(node.pid)
+            node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_tree(pid: int) -> None:
+    """SIGKILL to a process and all below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Line:
+    """A TCP line to a server, which can be slow or cut."""
+
+    def __init__(self, target: int) -> None:
+        self.delay_s, self.cut, self.target = 0.0, False, target
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self.listener.accept()
+            if self.cut:
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self.target))
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                time.sleep(self.delay_s)
+                if self.cut:
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def moto_server() -> str | None:
+    """The S3 server's command, if it is installed."""
+    return os.environ.get("MOTO_SERVER") or shutil.which("moto_server") or shutil.which(str(BIN / "moto_server"))
+
+
+@contextmanager
+def object_store() -> Iterator[tuple[Line, str, dict[str, str]]]:
+    """An S3 server with a bucket behind a Line; its address for --storage, and the keys."""
+    command = moto_server()
+    assert command, __doc__
+    port = free_port()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([command, "-H", "127.0.0.1", "-p", str(port)], **quiet)
+    try:
+        bucket = urllib.request.Request(f"http://127.0.0.1:{port}/runs", method="PUT")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                direct.open(bucket, timeout=5).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "moto_server does not start"
+                time.sleep(0.3)
+        line = Line(port)
+        place = f"s3://runs/team?endpoint_override=127.0.0.1:{line.port}&scheme=http&region=us-east-1"
+        keys = {
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        yield line, place, keys
+    finally:
+        end_tree(server.pid)
+        server.wait()
+
+
+@contextmanager
+def small_disk() -> Iterator[Path]:
+    """A file system of 24 MB."""
+    folder = Path(tempfile.mkdtemp(prefix="small-disk-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
+
+
+def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
+    """Run one fault."""
+    out = folder / name / "adapter"
+    with ExitStack() as stack:
+        fault = FAULTS.get(name)
+        if fault:
+            run = Run(data, out)
+        elif name == "raylet":
+            env, node = stack.enter_context(two_nodes())
+            run = Run(data, out, {"min_workers": 1}, env)
+            fault = _raylet_killer(node)
+        elif name == "full-disk":
+            run = Run(data, out, {"storage": stack.enter_context(small_disk())})
+            fault = _disk_filler(Path(run.flags["storage"]))
+        else:
+            line, place, keys = stack.enter_context(object_store())
+            run = Run(data, out, {"storage": place}, keys)
+            fault = {"slow-store": _slow_store, "store-cut": _cut_store}[name](line)
+        try:
+            return finish(run, *strike(run, fault, name in GO_ON), expected)
+        finally:
+            if run.process:
+                end_tree(run.process.pid)
+
+
+def _raylet_killer(node: subprocess.Popen[bytes]) -> Strike:
+    def kill(run: Run) -> str:
+        for process in psutil.Process(node.pid).children(recursive=True):
+            if "raylet/raylet" in " ".join(_command_line(process)):
+                process.kill()
+        return "the raylet of 1 of 2 nodes"
+
+    return kill
+
+
+def _disk_filler(disk: Path) -> Strike:
+    def fill(run: Run) -> str:
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(b"0" * 65536)
+                file.flush()
+        assert run.process
+        run.process.wait(timeout=LIMIT_S)
+        assert "No space left" in (run.process.stderr or sys.stdin).read()
+        filler.unlink()
+        return "the disk of checkpoints is full; freed, given again"
+
+    return fill
+
+
+def _slow_store(line: Line) -> Strike:
+    def slow(run: Run) -> str:
+        line.delay_s = 0.25
+        return "nothing; the store takes 0.25 s for 64 KB from now on"
+
+    return slow
+
+
+def _cut_store(line: Line) -> Strike:
+    def cut(run: Run) -> str:
+        line.cut = True
+        time.sleep(6)
+        line.cut = False
+        return "the line to the store for 6 s"
+
+    return cut
+
+
+GO_ON = {"slow-worker", "slow-store", "store-cut"}  # faults that end no process
+ALL = [*FAULTS, "raylet", "full-disk", "slow-store", "store-cut"]
+
+
+def prepare_rows(folder: Path) -> str:
+    """Rows to train on."""
+    write_shards(str(folder / "raw"), "demo", 120, seed=5)
+    flags = ["--raw", str(folder / "raw"), "--out", str(folder / "data")]
+    command = [sys.executable, "-m", "pipelines", "prepare", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return str(folder / "data")
+
+
+def undisturbed_curve(data: str, folder: Path) -> list[float]:
+    """The losses of a run that nothing happens to, on one worker."""
+    run = Run(data, folder / "undisturbed" / "adapter", {"workers": 1})
+    run.start()
+    assert run.process
+    assert run.process.wait(timeout=LIMIT_S) == 0, run.process.stderr
+    return [loss for _, loss in curve(run.out)]
+
+
+def main() -> None:
+    """Read the command line, run the faults, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", default=ALL, metavar="FAULT", help=", ".join(ALL))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        data = prepare_rows(folder)
+        expected = undisturbed_curve(data, folder)
+        print(
+            "| fault | killed | commands | steps lost | seconds to the next step | curve |\n|---|---|---|---|---|---|"
+        )
+        for name in options.faults:
+            o = meet(name, data, folder, expected)
+            same = f"same (within {o.worst:.0e})" if o.worst < 1e-3 else f"OTHER ({o.worst:.2g})"
+            print(f"| {name} | {o.killed} | {o.commands} | {o.steps_lost} | {o.seconds:.1f} | {same} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Training under faults: whatever is killed, cut or full, the curve is an undisturbed run's, step by step."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chaos
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def expected(rows: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return chaos.undisturbed_curve(rows, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize("fault", ["controller", "full-disk", "raylet", "store-cut"])
+def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path: Path, expected: list[float]) -> None:
+    if fault == "store-cut" and not chaos.moto_server():
+        pytest.skip('no S3 server: pip install "moto[s3,server]"')
+    if fault == "full-disk" and os.geteuid():
+        pytest.skip("only root may mount a small disk")
+    outcome = chaos.meet(fault, rows, tmp_path, expected)
+    assert outcome.worst < 1e-3
+    assert outcome.steps_lost <= 6
