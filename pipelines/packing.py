@@ -131,7 +131,7 @@ def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool],
     """One JSON line as (ids, is_target, what is wrong with it)."""
     try:
         return *_encode(json.loads(line), _tokenizer(config.tokenizer), config), ""
-    except (ValueError, TypeError, KeyError, ModelError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ModelError) as error:
         return [], [], f"no training row ({error!r})"
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -128,14 +129,7 @@ class TrainConfig(Config):
 def train(config: TrainConfig) -> str:
     """Fine-tune an adapter and return its folder."""
     started = time.monotonic()
-    data = storage.open_folder(config.data, "prepare")
-    base = open_model(config.base, "--base")
-    if "quantization_config" in base.config:
-        raise StageError(f"--base {config.base} is quantised already; give the 16-bit model it was made from")
-    if config.lora.dora and config.strategy == "zero3":
-        raise StageError(
-            "--lora.dora true: with --strategy zero3 no worker has a row's whole length; give zero2 or ddp"
-        )
+    data, base = _inputs(config)
     storage.check_output(config.out, "train", (config.data, base.location))
     base_digest = base.weights_digest
     digest = _digest(config, base_digest, data)
@@ -169,6 +163,25 @@ def train(config: TrainConfig) -> str:
     steps = receipt.counts["steps"]
     print(f"train: {steps} steps, curves in {config.out}/report.html; next: merge --adapter {config.out}")
     return config.out
+
+
+def _inputs(config: TrainConfig) -> tuple[storage.Folder, ModelFolder]:
+    """Data and base; raises StageError if they, or the settings, cannot be trained with."""
+    data = storage.open_folder(config.data, "prepare")
+    base = open_model(config.base, "--base")
+    if "quantization_config" in base.config:
+        raise StageError(f"--base {config.base} is quantised already; give the 16-bit model it was made from")
+    if config.lora.dora and config.strategy == "zero3":
+        raise StageError(
+            "--lora.dora true: with --strategy zero3 no worker has a row's whole length; give zero2 or ddp"
+        )
+    if data.receipt.facts.get("tokenizer", base.tokenizer) != base.tokenizer:
+        print(
+            f"warning: {config.data} was prepared with another tokenizer than {base.name}'s, so its documents were cut "
+            f"to other lengths; prepare again with --tokenizer {config.base}",
+            file=sys.stderr,
+        )
+    return data, base
 
 
 def _published(config: TrainConfig, result: ray.train.Result) -> Checkpoint:

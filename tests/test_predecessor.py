@@ -172,7 +172,9 @@ def test_a_rows_input_is_appended_to_its_instruction_after_a_newline_unless_blan
     assert {asked(), asked(input=""), asked(input=None), asked(input=" \n\t")} == {"翻译："}
 
 
-@pytest.mark.parametrize("row", ['{"output": "x"}', '["x"]', '"x"', '{"instruction": 1, "output": "x"}', "{"])
+@pytest.mark.parametrize(
+    "row", ['{"output": "x"}', '{"messages": [1]}', '["x"]', '"x"', '{"instruction": 1, "output": "x"}', "{"]
+)
 def test_a_line_that_is_no_row_is_said_to_be_none(row: str) -> None:
     config = PackingConfig(
         tokenizer="tiny", prompt_format="chat", block_tokens=64, max_input_length=32, max_output_length=8

@@ -1,6 +1,7 @@
 """Training through Ray: the same curve on any number of workers, after kill -9, and after a rerun."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,19 @@ def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage
     )
     losses = [loss for _, loss in curve(undisturbed)]
     assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_data_that_was_cut_by_another_tokenizer_is_remarked_on(
+    rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(rows, tmp_path / "data")
+    receipt = tmp_path / "data/receipt.json"
+    told = json.loads(receipt.read_text())
+    told["facts"]["tokenizer"] = "another"
+    receipt.write_text(json.dumps(told))
+    with pytest.raises(StageError, match="1000 workers need 1000 CPU"):
+        train(TrainConfig(data=str(tmp_path / "data"), out=str(tmp_path / "adapter"), workers=1000, use_gpu=False))
+    assert "prepared with another tokenizer than tiny's" in capsys.readouterr().err
 
 
 def test_two_workers_give_the_curve_of_one_although_one_is_killed_in_the_middle(
