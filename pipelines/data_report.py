@@ -80,6 +80,7 @@ def _pictures(numbers: Mapping[str, Any], statistics: Statistics) -> str:
         lengths.set_title("tokens of an example")
         answers.hist(answer, bins=np.geomspace(1, max(answer.max(initial=2), 2), 30))
         answers.set_xscale("log")
+        answers.xaxis.set_major_formatter("{x:g}")  # the powers of ten that it would write are formulas
         answers.set_title("tokens of an answer")
         _bars(kinds, "kinds of rows", numbers["kinds"])
         _columns(documents, "documents in a prompt", numbers["documents_in_a_prompt"])
