@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,19 +16,16 @@ from chatglm3.auto_tokenizer import write_auto_tokenizer
 from chatglm3.chat import TOOLS_CONTENT, PromptFormat
 from cluster import storage
 from cluster.config import Config
-from cluster.errors import StageError
-from pipelines.agreement import MOST_TOKENS, shuffled_examples, take
 from pipelines.folding import MergedWeights, Onto
-from pipelines.gptq import Calibrated, calibrate
-from pipelines.merge_report import write_merge_report
+from pipelines.gptq import Calibrated
+from pipelines.merge_inputs import make_facts, open_base, told_by_all
+from pipelines.merge_measures import calibrate_w4a16, make_yardstick, measure
 from pipelines.model_card import verify, write_card, write_sums
-from pipelines.model_folders import ModelFolder, folder_digest, open_model
+from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weight_files import write_weights
 from pipelines.weight_formats import QUANTISE, WeightFormat, is_quantised, quantization_config
-from pipelines.yardstick import Yardstick, in_memory, live_model, load_on_device
+from pipelines.yardstick import Yardstick, load_on_device
 
-CALIBRATION_TOKENS = 1 << 15
-QUICK_BYTES = 1 << 30  # of a model that a CPU measures in a minute
 ONTO: tuple[Onto, ...] = ("16bit", "nf4")
 
 
@@ -90,19 +86,19 @@ def merge(config: MergeConfig) -> str:
         print(f"merge: {config.verify}: all {verify(Path(config.verify))} files are as they were written")
         return config.verify
     storage.check_output(config.out, "merge")
-    told = _told_by_all(config)
+    told = told_by_all(config)
     base = open_base(config, told)
     paths = [base.path, *map(Path, config.adapters)]
     inputs = {str(path): folder_digest(path) for path in paths}
     receipt = storage.receipt_of("merge", config, inputs=inputs, facts=make_facts(config, base, told))
     with storage.publish(config.out, receipt, _digest(config, base, inputs)) as folder:
         write_companions(base.path, folder)
-        yardstick = _yardstick(config, base, receipt.facts["prompt_format"])
+        yardstick = make_yardstick(config, base, receipt.facts["prompt_format"])
         weights = _write_best(folder, base, config, receipt.facts, yardstick)
         if config.adapters:
             receipt.facts["onto"] = weights.onto
         if yardstick:
-            receipt.counts |= _measure(folder, weights, config, yardstick)
+            receipt.counts |= measure(folder, weights, config, yardstick)
         write_card(folder, receipt.facts, config.model_dump(), yardstick.results if yardstick else {})
         write_sums(folder)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
@@ -113,127 +109,10 @@ def merge(config: MergeConfig) -> str:
     return config.out
 
 
-def open_base(config: MergeConfig, told: dict[str, Any]) -> ModelFolder:
-    """The model to start from. `told` is what the adapter's receipt says.
-
-    Raises StageError if the weights are quantised by bitsandbytes, or the adapter was trained with another tokenizer
-    or, unless that is asked for, on other weights.
-    """
-    base = open_model(config.base or told["base"], "--base")
-    if "quantization_config" in base.config:
-        raise StageError(f"--base {base.name} is quantised already; give the 16-bit model it was made from")
-    if bits := base.config.get("quantization_bit"):
-        print(f"merge: {base.name} is in the official int{bits} format; it is dequantised first", file=sys.stderr)
-    adapter = ", ".join(config.adapters)
-    if told.get("tokenizer", base.tokenizer) != base.tokenizer:
-        raise StageError(
-            f"--adapter {adapter} was trained on {told['base']}, whose tokenizer is not that of "
-            f"--base {base.name}; give the model it was trained on"
-        )
-    if "base_digest" in told and told["base_digest"] != base.weights_digest and not config.other_base:
-        raise StageError(
-            f"{base.name} does not hold the weights that --adapter {adapter} was trained on ({told['base']} at "
-            f"that time); give those with --base, or fold it into others knowingly with --other_base true"
-        )
-    return base
-
-
-def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> dict[str, Any]:
-    """What the receipt tells later stages: what the adapter's told, or without adapter the base's, and the format."""
-    if not config.adapters:
-        told = base.facts
-    prompt_format = told.get("prompt_format", config.prompt_format or "chat")
-    if config.prompt_format not in (None, prompt_format):
-        raise StageError(
-            f"--prompt_format {config.prompt_format}: the receipt says {prompt_format}; leave the flag out"
-        )
-    origin = base.location if config.adapters else told.get("base", base.location)
-    if config.adapters:
-        told = told | {"base_digest": base.weights_digest}
-    known = {"base": origin, "prompt_format": prompt_format, "tokenizer": base.tokenizer, "format": config.format}
-    return told | known
-
-
-def _told_by_all(config: MergeConfig) -> dict[str, Any]:
-    """What the adapters' receipts say; nothing for adapters of somebody else, or for none."""
-    if not config.adapters and not config.base:
-        raise StageError("--adapter and --base are both empty; give one of them")
-    told = {path: _facts_of(Path(path), config) for path in config.adapters}
-    for name in ("base_digest", "tokenizer", "prompt_format"):
-        if len({facts.get(name) for facts in told.values()}) > 1:
-            raise StageError(f"--adapter {', '.join(told)}: they differ in {name}, so they cannot be added up")
-    return next(iter(told.values()), {})
-
-
-def _facts_of(path: Path, config: MergeConfig) -> dict[str, Any]:
-    if storage.read_receipt(path) or not (path / "adapter_config.json").is_file():
-        return storage.open_folder(path, "train").receipt.facts
-    if not config.base:
-        raise StageError(
-            f"--adapter {path} has no receipt to say what it was trained on; give that model as --base DIR"
-        )
-    if not config.prompt_format:
-        print(
-            f"merge: {path} has no receipt; taken for an adapter of the chat format "
-            f"(the predecessor's were trained on bare text: --prompt_format bare)",
-            file=sys.stderr,
-        )
-    return {}
-
-
 def _digest(config: MergeConfig, base: ModelFolder, inputs: dict[str, str]) -> str:
     """Stands for the weights that are made."""
     made = [base.weights_digest, inputs, config.adapters, config.format, config.onto, config.calibrate, config.data]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
-
-
-def _training(config: MergeConfig) -> dict[str, Any]:
-    """The settings that the adapter was trained with; nothing if there is not one adapter with a receipt."""
-    receipt = storage.read_receipt(next(iter(config.adapters))) if len(config.adapters) == 1 else None
-    return receipt.config if receipt else {}
-
-
-def _data(config: MergeConfig, base: ModelFolder, is_asked: bool | None, split: str) -> Path | None:
-    """The data folder to go by; None if that is not asked for, or unasked and not quick."""
-    data = config.data or _training(config).get("data", "")
-    size = sum(file.stat().st_size for file in base.path.iterdir())
-    is_quick = torch.cuda.is_available() or size < QUICK_BYTES
-    if is_asked is False or (is_asked is None and not (is_quick and any(Path(data, split).glob("*.jsonl")))):
-        return None
-    if not data:
-        raise StageError("--data is empty, and no adapter's receipt names a data folder: give one to go by")
-    return Path(data)
-
-
-def _calibrated(
-    config: MergeConfig, base: ModelFolder, weights: MergedWeights, facts: dict[str, Any]
-) -> Calibrated | None:
-    """The weights in w4a16 by GPTQ, if that is the format and there are rows to calibrate on."""
-    data = _data(config, base, config.calibrate, "train") if config.format == "w4a16" else None
-    if not data:
-        return None
-    drawn = shuffled_examples(data, "train", base.path, facts["prompt_format"])
-    rows = [example.ids for example in take(drawn, CALIBRATION_TOKENS, lambda example: len(example.ids))]
-    found = calibrate(in_memory(weights), rows)
-    print(
-        f"merge: w4a16 by GPTQ: outputs off by {found.error:.2%}, with the nearest values {found.error_of_nearest:.2%}"
-    )
-    return found
-
-
-def _yardstick(config: MergeConfig, base: ModelFolder, prompt_format: PromptFormat) -> Yardstick | None:
-    """The model that was trained, to measure with; None where that is not asked for, or not quick."""
-    data = _data(config, base, True if config.onto == "auto" else config.measure, "dev")
-    if not data:
-        return None
-    trained = _training(config)
-    drawn = shuffled_examples(data, "dev", base.path, prompt_format)
-    examples = take(drawn, MOST_TOKENS, lambda example: sum(example.is_target))
-    if list(config.adapters.values()) not in ([], [1.0]):
-        return Yardstick("the sum in 16 bits", in_memory(MergedWeights(base.path, config.adapters, "16bit")), examples)
-    adapter, in_nf4 = next(iter(config.adapters), ""), trained.get("base_format", "nf4") == "nf4"
-    name = f"{'NF4' if in_nf4 else '16-bit'} base with live adapter" if adapter else base.name
-    return Yardstick(name, live_model(base.path, adapter, bool(adapter) and in_nf4), examples)
 
 
 def _write_best(
@@ -242,14 +121,14 @@ def _write_best(
     """Write the model; where --onto auto leaves the choice, both, of which the one that answers better stays."""
     if config.onto != "auto":
         weights = MergedWeights(base.path, config.adapters, config.onto)
-        write_model(folder, weights, config.format, _calibrated(config, base, weights, facts))
+        write_model(folder, weights, config.format, calibrate_w4a16(config, base, weights, facts))
         return weights
     assert yardstick, "auto asks for one"
     tried: dict[str, MergedWeights] = {}
     losses: dict[str, float] = {}
     for onto in ONTO:
         tried[onto] = MergedWeights(base.path, config.adapters, onto)
-        write_model(folder / onto, tried[onto], config.format, _calibrated(config, base, tried[onto], facts))
+        write_model(folder / onto, tried[onto], config.format, calibrate_w4a16(config, base, tried[onto], facts))
         losses[onto] = yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)).loss
     best = min(ONTO, key=lambda onto: losses[onto])
     for file in (folder / best).iterdir():
@@ -258,30 +137,6 @@ def _write_best(
         shutil.rmtree(folder / onto)
     print(f"merge: onto {best}: " + ", ".join(f"{onto} has a loss of {losses[onto]:.4f}" for onto in ONTO))
     return tried[best]
-
-
-def _measure(folder: Path, weights: MergedWeights, config: MergeConfig, yardstick: Yardstick) -> dict[str, float]:
-    """Measure what was written, write the report, and return the numbers. StageError for a model past the limits."""
-    if config.format != "bf16" and config.adapters:
-        yardstick.measure("merged, bf16", in_memory(weights))
-    final = yardstick.measure(f"merged, {config.format}", load_on_device(folder))
-    limits = {"kl": config.max_kl, "top1": config.min_top1}
-    write_merge_report(folder / "report.html", yardstick.results, yardstick.tokens, limits, config.model_dump())
-    problems = [
-        f"{name} {value:.4f}, the limit is {limit:g}"
-        for name, value, limit, is_past in (
-            ("KL", final.kl, config.max_kl, final.kl > config.max_kl),
-            ("top-1 agreement", final.top1, config.min_top1, final.top1 < config.min_top1),
-        )
-        if is_past
-    ]
-    if problems and not config.keep:
-        raise StageError(
-            f"the {config.format} model is too far from {yardstick.reference_name}: {'; '.join(problems)}; try another "
-            f"--format or --onto, or keep it knowingly with --keep true"
-        )
-    print(f"merge: beside {yardstick.reference_name}: KL {final.kl:.4f}, same next token {final.top1:.1%}")
-    return {"kl": round(final.kl, 6), "top1": round(final.top1, 4), "loss": round(final.loss, 4)}
 
 
 def write_model(
