@@ -7,7 +7,8 @@
 Each fault strikes a run of the train command on the tiny model while it is computing. Where that ends the command, as
 a person would it is given again. Seconds are from the fault to the first new step; the curve is compared step by step
 with an undisturbed run's. `raylet` starts a Ray cluster of two nodes; `full-disk` mounts a small tmpfs (root);
-`slow-store` and `store-cut` need `moto_server` (pip install "moto[s3,server]") on PATH or in $MOTO_SERVER.
+`slow-store` and `store-cut` need $MOTO_SERVER, the path of `moto_server` in an environment of its own, whose versions
+are not ours (pip install "moto[s3,server]>=5.2.5").
 """
 
 import argparse
@@ -288,8 +289,8 @@ class Line:
 
 
 def moto_server() -> str | None:
-    """The S3 server's command, if it is installed."""
-    return os.environ.get("MOTO_SERVER") or shutil.which("moto_server") or shutil.which(str(BIN / "moto_server"))
+    """The S3 server's command, if it is told: one that lies about may be too old."""
+    return os.environ.get("MOTO_SERVER")
 
 
 @contextmanager

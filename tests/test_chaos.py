@@ -27,7 +27,7 @@ def may_mount(folder: Path) -> bool:
 @pytest.mark.parametrize("fault", ["controller", "full-disk", "raylet", "store-cut"])
 def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path: Path, expected: list[float]) -> None:
     if fault == "store-cut" and not chaos.moto_server():
-        pytest.skip('no S3 server: pip install "moto[s3,server]"')
+        pytest.skip('set MOTO_SERVER to the command of another environment with "moto[s3,server]>=5.2.5"')
     if fault == "full-disk" and not may_mount(tmp_path / "disk"):
         pytest.skip("no right to mount a small disk")
     outcome = chaos.meet(fault, rows, tmp_path, expected)
