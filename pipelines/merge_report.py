@@ -16,7 +16,8 @@ def write_merge_report(
     rows = [(name, f"{found.kl:.5f}", f"{found.top1:.2%}", f"{found.loss:.4f}") for name, found in results.items()]
     told = (
         f"<p>At {tokens:,} answer tokens of the dev rows; the first line is what the others are compared with. Past a "
-        f"KL of {limits['kl']:g}, or with fewer than {limits['top1']:.0%} of the tokens the same, merge refuses.</p>"
+        f"KL of {limits['kl']:g}, or with fewer than {limits['top1']:.0%} of the tokens the same, merge refuses a "
+        f"model whose loss is higher too.</p>"
     )
     sections = {"Agreement": told + grid(heads, rows) + _picture(results, limits), "Settings": pairs(settings.items())}
     write_page(file, "Merged model", sections)

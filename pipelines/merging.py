@@ -57,7 +57,8 @@ class MergeConfig(Config):
     calibrate: bool | None = None
     """Choose the values of w4a16 by GPTQ on training rows, not each the nearest; unless given, as with --measure."""
     max_kl: float = Field(0.1, ge=0)
-    """Largest divergence from base and live adapter, in nats a token: past it nothing is written."""
+    """Largest divergence from base and live adapter, in nats a token: past it, nothing is written that answers worse
+    than those do."""
     min_top1: float = Field(0.9, ge=0, le=1)
     """Least share of answer tokens at which both find the same token the likeliest."""
     keep: bool = False

@@ -34,7 +34,7 @@ def test_the_demo_doubles_the_exact_match_on_unseen_documents_and_answers_over_h
     assert tuned >= 0.6
     assert tuned >= 2 * base > 0
     assert re.search(r"答：\S+.*it cites", printed, re.S)
-    for picture in ("data/report.html", "adapter/loss.png", "evaluation/scores.png"):
+    for picture in ("data/report.html", "adapter/loss.png", "model/report.html", "evaluation/report.html"):
         assert (tmp_path / "demo" / picture).stat().st_size > 5_000
         assert picture in printed
 
@@ -55,7 +55,8 @@ def test_the_same_commands_take_real_shards_through_the_official_layout(shared: 
     assert len(Path(adapter, "metrics.jsonl").read_text().splitlines()) == 20
     models = {weight_format: str(tmp_path / weight_format) for weight_format in ("nf4", "int8", "bf16")}
     for weight_format, model in models.items():
-        pipelines("merge", "--adapter", adapter, "--out", model, "--format", weight_format)
+        # Of random weights NF4 makes another model: what is measured on them says nothing.
+        pipelines("merge", "--adapter", adapter, "--out", model, "--format", weight_format, "--measure", "false")
         answer = pipelines("predict", "--model", model, "--max_tokens", "16", "你好").strip()
         assert answer.startswith("你好👋！我是人工智能助手"), weight_format
     for weight_format, answer in serve_and_ask(models, "你好", tmp_path / "serve.yaml").items():

@@ -550,7 +550,7 @@ def test_a_bad_merge_is_refused_and_says_by_how_much(
     monkeypatch.setattr("pipelines.folding.folded", folded_twice_in_place)
     bad = config.model_copy(update={"out": str(tmp_path / "bad")})
     with pytest.raises(
-        StageError, match=r"too far from NF4 base .*: KL \d\.\d+, the limit is 0.1.*--keep true"
+        StageError, match=r"too far from NF4 base .*: KL \d\.\d+, the limit is 0.1.*; loss .*--keep true"
     ) as error:
         merge(bad)
     assert "\n" not in str(error.value)
