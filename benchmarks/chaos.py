@@ -42,7 +42,6 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "block_tokens": 1024,
     "use_gpu": False,
-    "workers": 2,
 }
 BIN = Path(sys.executable).parent
 LIMIT_S = 240
@@ -74,7 +73,7 @@ class Run:
 
     def start(self) -> None:
         """Give the command."""
-        settings = SETTINGS | self.flags | {"data": self.data, "out": self.out}
+        settings = SETTINGS | {"workers": 2} | self.flags | {"data": self.data, "out": self.out}
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pipelines", "train", *flags],

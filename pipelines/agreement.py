@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chatglm3 import load_tokenizer
-from chatglm3.chat import PromptFormat, render
+from chatglm3.chat import IGNORED, PromptFormat, example_ids, render
 from chatglm3.tokenizer import ChatGlmTokenizer
 from cluster.errors import StageError
 from cluster.progress import track
@@ -63,9 +64,8 @@ def take(examples: Iterable[Example], most: int, size: Callable[[Example], int])
 
 def _example(row: dict[str, Any], tokenizer: ChatGlmTokenizer, prompt_format: PromptFormat) -> Example:
     if prompt_format == "bare" and "instruction" in row:
-        prompt = tokenizer.prefix_ids + tokenizer.encode(row["instruction"])
-        answer = [*tokenizer.encode(row["output"]), tokenizer.eos_id]
-        return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+        ids, labels = example_ids(tokenizer, row["instruction"], row["output"], sys.maxsize, sys.maxsize)
+        return Example(ids, [label != IGNORED for label in labels])
     pair = [{"role": "user", "content": row.get("instruction")}, {"role": "assistant", "content": row.get("output")}]
     return Example(*render(tokenizer, row.get("messages", pair), row.get("tools")))
 

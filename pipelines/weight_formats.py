@@ -26,14 +26,18 @@ def is_quantised(name: str) -> bool:
 
 def nf4(name: str, weight: Tensor) -> Tensors:
     """4-bit NormalFloat in blocks of 64, the blocks' scales quantised to 8 bits (arXiv:2305.14314)."""
-    packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = _to_nf4(weight)
     return {name: packed, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
 
 
 def through_nf4(weight: Tensor) -> Tensor:
     """The values of a bf16 weight after it was quantised to NF4: what QLoRA trains an adapter on."""
-    packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
-    return bnb.dequantize_4bit(packed, state)
+    return bnb.dequantize_4bit(*_to_nf4(weight))
+
+
+def _to_nf4(weight: Tensor) -> tuple[Tensor, Any]:
+    """Packed values, and bitsandbytes' description of them."""
+    return bnb.quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
 
 
 def int8(name: str, weight: Tensor) -> Tensors:

@@ -9,15 +9,10 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks import chaos
+
 STEPS = 12
-SETTINGS: dict[str, Any] = {
-    "base_format": "fp32",
-    "max_steps": STEPS,
-    "save_steps": 2,
-    "batch_size": 8,
-    "block_tokens": 1024,
-    "use_gpu": False,
-}
+SETTINGS: dict[str, Any] = chaos.SETTINGS | {"max_steps": STEPS}
 
 
 def curve(adapter: str | Path) -> list[tuple[int, float]]:
