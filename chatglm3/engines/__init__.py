@@ -7,25 +7,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from chatglm3.engines.adapter_folders import AdapterFolders
+from chatglm3.engines.guide import Guide
+from chatglm3.engines.request_errors import PromptTooLong, RequestError, UnknownAdapter
 from chatglm3.errors import ModelError
+
+__all__ = [
+    "AdapterFolders",
+    "Completion",
+    "Delta",
+    "DtypeName",
+    "Engine",
+    "EngineError",
+    "EngineName",
+    "FinishReason",
+    "Guide",
+    "Load",
+    "PromptTooLong",
+    "RequestError",
+    "Sampling",
+    "TokenLogprob",
+    "UnknownAdapter",
+    "complete",
+    "load_engine",
+]
 
 EngineName = Literal["auto", "transformers"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["stop", "length"]
+
+MAX_BIASED_TOKENS = 1024
+MAX_LOGPROBS = 20
 
 log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
     """The engine failed at this request, or died with all of them; another replica may still answer it."""
-
-
-class RequestError(ValueError):
-    """This request cannot be answered by any engine of this model; the message says why, with the numbers."""
-
-
-class PromptTooLong(RequestError):
-    """Prompt and answer do not fit into the model's context."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +61,54 @@ class Sampling:
     """The same seed gives the same text, whatever else the engine answers at the time."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
+    presence_penalty: float = 0.0
+    """Taken from the scores of tokens that the answer already has."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's score for each time that the answer already has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their scores; -100 forbids a token, +100 all others."""
+    logprobs: int | None = None
+    """Report the logprob of each drawn token and of this many of the most probable ones."""
+    guide: Guide | None = None
+    """What the answer must look like."""
+    adapter: str = ""
+    """Name of the LoRA adapter that answers; empty is the model itself."""
 
     def __post_init__(self) -> None:
+        penalties = (self.presence_penalty, self.frequency_penalty)
         checks = (
             (self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}"),
             (0 <= self.temperature <= 100, f"temperature must be from 0 to 100, not {self.temperature}"),
             (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
             (self.top_k >= 0, f"top_k must be at least 0, not {self.top_k}"),
             (all(self.stop), "a stop text must not be empty"),
+            (all(-2 <= value <= 2 for value in penalties), f"penalties must be from -2 to 2, not {penalties}"),
+            (
+                len(self.logit_bias) <= MAX_BIASED_TOKENS,
+                f"logit_bias takes at most {MAX_BIASED_TOKENS} tokens, not {len(self.logit_bias)}",
+            ),
+            (all(-100 <= bias <= 100 for _, bias in self.logit_bias), "logit_bias must be from -100 to 100"),
+            (
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"logprobs must be from 0 to {MAX_LOGPROBS}, not {self.logprobs}",
+            ),
         )
         for valid, message in checks:
             if not valid:
                 raise RequestError(message)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a drawn token was: log-softmax of the model's own scores.
+
+    Before bias, penalties, guide and temperature, which is what vLLM reports too.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens and their logprobs, best first, as many as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +120,26 @@ class Delta:
     token_ids: tuple[int, ...]
     """The tokens drawn for it, the stop token included, which `text` never shows."""
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token id, if the sampling asks for them."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do at this moment."""
+
+    running: int
+    """Requests that are being answered."""
+    waiting: int
+    """Requests that wait for a place."""
+    waiting_tokens: int
+    """Prompt tokens that are still to be read, of running and waiting requests."""
+    cache_use: float
+    """Share of the memory for keys and values that is taken, 0 to 1."""
+    prefix_hits: int = 0
+    """Prompt tokens that were found in a prefix cache, since the start."""
+    prefix_queries: int = 0
+    """Prompt tokens that were looked for in it; 0 where the engine has none."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +156,23 @@ class Engine(Protocol):
 
     context_length: int
     """Most tokens of prompt and answer together."""
+    adapters: AdapterFolders
+    """LoRA adapters that it can load."""
+
+    @property
+    def load(self) -> Load:
+        """What it has to do; cheap enough to be asked at every request."""
 
     @property
     def healthy(self) -> bool:
         """Whether it can still answer: once False, it never becomes True again."""
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """Do what takes time before an answer: load the adapter, compile the guide. `generate` does it too.
+
+        RequestError if the guide cannot be followed, UnknownAdapter if there is no adapter of that name, ModelError
+        if its folder cannot be used. In `generate` the iterator raises them.
+        """
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; closing the iterator cancels the request.
@@ -117,13 +204,14 @@ def load_engine(
     *,
     dtype: DtypeName = "auto",
     max_batch: int = 32,
+    adapters: AdapterFolders | None = None,
     on_fatal: Callable[[], object] | None = None,
 ) -> Engine:
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
 
     `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. At most `max_batch` requests run at a time, others wait.
-    `on_fatal` is called, in the engine's thread, when the engine has died. Raises ModelError for an unknown name or
-    an unusable folder.
+    `adapters` are those that requests can name. `on_fatal` is called, in the engine's thread, when the engine has
+    died. Raises ModelError for an unknown name or an unusable folder.
     """
     if name not in ("auto", "transformers"):
         raise ModelError(f"engine {name!r} is not known; choose auto or transformers")
@@ -131,4 +219,4 @@ def load_engine(
 
     if name == "auto":
         log.info("engine auto: transformers, which runs on every machine")
-    return transformers_engine.load(folder, dtype=dtype, max_batch=max_batch, on_fatal=on_fatal)
+    return transformers_engine.load(folder, dtype=dtype, max_batch=max_batch, adapters=adapters, on_fatal=on_fatal)

@@ -19,7 +19,16 @@ import torch
 from transformers import GlmForCausalLM
 
 from chatglm3.checkpoint import load_model
-from chatglm3.engines import Delta, DtypeName, EngineError, PromptTooLong, RequestError, Sampling
+from chatglm3.engines import (
+    AdapterFolders,
+    Delta,
+    DtypeName,
+    EngineError,
+    Load,
+    PromptTooLong,
+    RequestError,
+    Sampling,
+)
 from chatglm3.engines.sampling import next_tokens
 from chatglm3.engines.slot_cache import ATTENTION, SlotCache, position_bytes
 from chatglm3.stream import TextStream
@@ -32,7 +41,12 @@ log = logging.getLogger(__name__)
 
 
 def load(
-    folder: str | Path, *, dtype: DtypeName, max_batch: int, on_fatal: Callable[[], object] | None
+    folder: str | Path,
+    *,
+    dtype: DtypeName,
+    max_batch: int,
+    adapters: AdapterFolders | None,
+    on_fatal: Callable[[], object] | None,
 ) -> "TransformersEngine":
     """The engine over the model and tokenizer in `folder`, on the first GPU if there is one."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -40,7 +54,8 @@ def load(
         dtype = "bfloat16" if device == "cuda:0" else "float32"
     model = load_model(folder, dtype=getattr(torch, dtype), device_map=device)
     log.info("transformers engine: %s on %s in %s", folder, device, dtype)
-    return TransformersEngine(model, load_tokenizer(folder), max_batch=max_batch, on_fatal=on_fatal)
+    tokenizer = load_tokenizer(folder)
+    return TransformersEngine(model, tokenizer, max_batch=max_batch, adapters=adapters, on_fatal=on_fatal)
 
 
 @dataclass(eq=False)
@@ -75,11 +90,13 @@ class TransformersEngine:
         tokenizer: ChatGlmTokenizer,
         *,
         max_batch: int = 32,
+        adapters: AdapterFolders | None = None,
         on_fatal: Callable[[], object] | None = None,
     ) -> None:
         model.set_attn_implementation(ATTENTION)
         config = model.config
         self.context_length: int = config.max_position_embeddings
+        self.adapters = adapters or AdapterFolders()
         self.running: list[_Request] = []
         """Row r of the cache belongs to running[r]."""
         self._model = model
@@ -98,6 +115,23 @@ class TransformersEngine:
     def healthy(self) -> bool:
         """Whether the thread that owns the model runs."""
         return self._death is None
+
+    @property
+    def load(self) -> Load:
+        """What it has to do; see `Engine.load`."""
+        running, waiting = list(self.running), [*self._waiting]
+        cached = sum(request.cached for request in running)
+        return Load(
+            running=len(running),
+            waiting=len(waiting) + self._arrivals.qsize(),
+            waiting_tokens=sum(len(request.ids) - request.cached for request in (*running, *waiting)),
+            cache_use=cached / (self._max_batch * self.context_length),
+        )
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """Load the adapter, compile the guide; see `Engine.prepare`."""
+        if sampling.adapter or sampling.guide:
+            raise RequestError("this engine has no adapters and guides yet")
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; see `Engine.generate`."""

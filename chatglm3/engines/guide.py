@@ -1,0 +1,103 @@
+"""What an answer must look like, as a grammar that llguidance follows token by token. Needs no torch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
+
+from chatglm3.engines.request_errors import RequestError
+from chatglm3.tokenizer import CONTROL_TOKENS, ChatGlmTokenizer
+
+MAX_TEXT = 2**16
+"""Characters of a schema, a regular expression or a grammar."""
+# Half of llguidance's own: nothing that was tried then takes a fifth of a second to compile, or 30 ms for a mask.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=500_000, step_lexer_fuel=100_000, max_grammar_size=100_000, verbose_errors=False
+)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A constraint on an answer, from its first character to its last."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    text: str = ""
+    """The schema as JSON, the regular expression in Rust's syntax, or the grammar in llguidance's Lark dialect."""
+    after: str = ""
+    """What the answer begins with before that: in ChatGLM3's chat format, the line of its metadata."""
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_TEXT:
+            raise RequestError(f"a {self.kind} has at most {MAX_TEXT} characters, not {len(self.text)}")
+
+    def lark(self) -> str:
+        """The whole answer in llguidance's Lark dialect, `after` and the spaces that the tokenizer adds included."""
+        # Each text of a conversation is encoded with a space before it, which decoding takes off again.
+        lead = f'" "? {json.dumps(self.after)} " "?' if self.after else '" "?'
+        return f"start: {lead} body\nbody: {self._body()}\n"
+
+    def _body(self) -> str:
+        match self.kind:
+            case "json_object":
+                return '%json {"type": "object"}'
+            case "json_schema":
+                return f"%json {self.text}"
+            case "regex":
+                pattern = regex_to_lark(self.text).replace("\n", "\\n")
+                return f"/{pattern}/"
+            case "grammar":
+                return f"%lark {{\n{self.text}\n}}"
+
+
+class GuideCompiler:
+    """Guides as matchers over one tokenizer's vocabulary. Safe in threads."""
+
+    def __init__(self, tokenizer: ChatGlmTokenizer) -> None:
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.stop_ids)
+        )
+        self._compiled: Callable[[str], LLMatcher] = lru_cache(64)(self._compile)
+
+    def matcher(self, guide: Guide) -> LLMatcher:
+        """A matcher at the start of an answer. RequestError if the guide is wrong, or more than llguidance can do."""
+        try:
+            return self._compiled(guide.lark()).deep_copy()
+        except RequestError as error:
+            raise RequestError(f"the {guide.kind} cannot be followed: {error}") from None
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        matcher.compute_bitmask()  # finds what the compilation does not
+        raise_if_stuck(matcher)
+        return matcher
+
+
+def raise_if_stuck(matcher: LLMatcher) -> None:
+    """RequestError if the matcher cannot go on, in one line."""
+    if matcher.is_error():
+        reason = matcher.get_error().split("<state>")[0].split("\n\n")[0]
+        raise RequestError(" ".join(reason.split())[:200])
+
+
+class _Vocabulary:
+    """What llguidance must know of a tokenizer: the bytes of each token, and how text is encoded inside an answer."""
+
+    def __init__(self, tokenizer: ChatGlmTokenizer) -> None:
+        pieces = [tokenizer.piece(token_id) for token_id in range(tokenizer.vocab_size)]
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = None
+        # Control ids and the ids that print nothing are none of an answer's text.
+        controls = range(tokenizer.vocab_size - len(CONTROL_TOKENS), tokenizer.vocab_size)
+        self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece or token in controls]
+        self.tokens = [piece if isinstance(piece, bytes) else piece.replace("▁", " ").encode() for piece in pieces]
+        for token in self.special_token_ids:
+            self.tokens[token] = b"<|%d|>" % token
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Ids of a text that continues another, so without the space that encoding puts before every text."""
+        # No piece has a newline in it: what comes after one is encoded as if it stood alone, but without that space.
+        return self._encode("\n" + text.decode())[2:]

@@ -1,0 +1,13 @@
+"""What a request is refused with before an engine sees it."""
+
+
+class RequestError(ValueError):
+    """This request cannot be answered by any engine of this model; the message says why, with the numbers."""
+
+
+class PromptTooLong(RequestError):
+    """Prompt and answer do not fit into the model's context."""
+
+
+class UnknownAdapter(RequestError):
+    """There is no adapter of that name."""
