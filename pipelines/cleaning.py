@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
+from chatglm3.bm25 import plain_text
 from pipelines.shards import Conversation, Sample
 
 PERSONAL_DATA = {
@@ -38,12 +39,6 @@ class Candidate:
     """The text as `plain_text` gives it."""
     marked: bool
     """Whether the data says that it is hard."""
-
-
-def plain_text(text: str) -> str:
-    """Text as it is compared: without white space, in lower case."""
-    # Not NFKC: full-width commas are in every Chinese text, and rewriting them all took half of the stage's time.
-    return "".join(text.split()).lower()
 
 
 def digest(text: str) -> int:

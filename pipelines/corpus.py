@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.cleaning import clean_sample, plain_text
+from chatglm3.bm25 import K1, B, character_pairs, plain_text, rarity
+from pipelines.cleaning import clean_sample
 from pipelines.lines import read_line
-from pipelines.mining import K1, B, character_pairs, rarity
 from pipelines.shards import Sample, parse_row
 
 NEIGHBOURS = 10

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import render
+from chatglm3.windows import window
 
 SHORTEST_DOCUMENT = 32  # tokens; a document that would be cut below this is left out instead
 NUMBERING = 6  # tokens at most of `[12] ` before a document and the line end after it
@@ -100,24 +101,7 @@ def _level(lengths: list[int], room: int) -> int:
 
 def _cut(document: Document, tokens: int, ruler: Ruler) -> Document:
     """At most `tokens` tokens of the document: its start, or as much before the evidence as after it."""
-    text, (first, last) = document.text, document.evidence or (0, 0)
-    low, high = 0, len(text)
-    while low < high:  # how many characters fit, by bisection: tokens do not end at characters
-        middle = (low + high + 1) // 2
-        start = _window_start(first, last, middle, len(text))
-        if ruler.tokens(text[start : start + middle]) <= tokens:
-            low = middle
-        else:
-            high = middle - 1
-    start = _window_start(first, last, low, len(text))
-    kept = text[start : start + low]
-    start += len(kept) - len(kept.lstrip())  # blank ends are no text
-    kept = kept.strip()
-    evidence = (max(first - start, 0), min(last - start, len(kept))) if document.evidence else None
-    return Document(kept, evidence)
-
-
-def _window_start(first: int, last: int, size: int, length: int) -> int:
-    """Where a window of `size` characters begins that has the evidence in its middle; its start, if it is too long."""
-    start = first if last - first >= size else (first + last - size) // 2
-    return max(0, min(start, length - size))
+    first, last = document.evidence or (0, 0)
+    start, end = window(document.text, (first, last), tokens, ruler.tokens)
+    evidence = (max(first - start, 0), min(last - start, end - start)) if document.evidence else None
+    return Document(document.text[start:end], evidence)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text
+from chatglm3.bm25 import plain_text
+from pipelines.cleaning import clean_conversation, clean_sample, digest
 from pipelines.corpus import open_corpus, read_documents
 from pipelines.data_statistics import Statistics
 from pipelines.lengths import ruler_of

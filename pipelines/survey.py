@@ -10,9 +10,10 @@ import orjson
 from rensa import RMinHash
 
 from chatglm3 import ModelError
+from chatglm3.bm25 import plain_text
 from chatglm3.chat import render
 from chatglm3.documents import seed_document
-from pipelines.cleaning import clean_conversation, clean_sample, digest, plain_text, shingles
+from pipelines.cleaning import clean_conversation, clean_sample, digest, shingles
 from pipelines.lengths import ruler_of
 from pipelines.lines import LONGEST_LINE, Line, Piece, RowError, read_lines
 from pipelines.recipe import least_tokens
