@@ -45,7 +45,7 @@ def rarity(present: np.ndarray, documents: int) -> np.ndarray:
 def character_pairs(text: str) -> np.ndarray:
     """Each two neighbouring UTF-16 units of a text as one number, [units - 1] of uint32."""
     codes = _codes(text)
-    return codes[:-1].astype(np.uint32) << 16 | codes[1:]
+    return np.asarray(codes[:-1].astype(np.uint32) << 16 | codes[1:])
 
 
 def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:

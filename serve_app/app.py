@@ -25,6 +25,7 @@ from chatglm3.tokenizer import load_tokenizer
 from chatglm3.weights import open_weights
 from cluster.errors import StageError
 from cluster.storage import RECEIPT, read_receipt
+from serve_app.document_answers import document_style
 from serve_app.routes import make_api
 
 
@@ -70,6 +71,7 @@ def build(args: AppArgs) -> Application:
         read_config(folder)
         open_weights(folder)
         load_tokenizer(folder)
+        document_style(_facts(folder), args.model)
     except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.
@@ -141,8 +143,11 @@ class ChatServer:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        args = self._args
-        return make_api(self._engine, load_tokenizer(args.model), args.name, _prompt_format(args.model))
+        args, facts = self._args, _facts(self._args.model)
+        # A folder that no stage of ours wrote is asked as a chat.
+        prompt_format: PromptFormat = facts.get("prompt_format", "chat")
+        tokenizer = load_tokenizer(args.model)
+        return make_api(self._engine, tokenizer, args.name, prompt_format, document_style(facts, args.model))
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
@@ -158,8 +163,7 @@ def _join_serve_log() -> None:
         log.setLevel(logging.INFO)
 
 
-def _prompt_format(folder: str) -> PromptFormat:
-    """How the model in `folder` was taught to be asked; as a chat, where no stage of ours wrote the folder."""
+def _facts(folder: str | Path) -> dict[str, Any]:
+    """What its stage says of the model in `folder`: how it was taught to be asked, among other things."""
     receipt = read_receipt(folder)
-    prompt_format: PromptFormat = receipt.facts.get("prompt_format", "chat") if receipt else "chat"
-    return prompt_format
+    return receipt.facts if receipt else {}

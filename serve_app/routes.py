@@ -1,8 +1,6 @@
 """The HTTP API over an engine, in OpenAI's shape. Knows nothing of Ray: any ASGI server can run it."""
 
-import asyncio
 import time
-from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,9 +10,11 @@ from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.engines import Engine, Sampling
 from chatglm3.reply import ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
-from serve_app import errors
+from serve_app import document_answers, errors
 from serve_app.answers import Answer, EventStream
 from serve_app.body_limit import BodyLimit
+from serve_app.disconnect import unless_gone
+from serve_app.document_answers import DocumentStyle, Reader
 from serve_app.errors import ApiError
 from serve_app.schema import ChatCompletion, ChatRequest, ErrorBody, ModelCard, ModelList
 
@@ -22,8 +22,15 @@ DEFAULT_MAX_TOKENS = 512
 MAX_BODY_BYTES = 2**20  # several times what 8,192 tokens of escaped Chinese take
 
 
-def make_api(engine: Engine, tokenizer: ChatGlmTokenizer, model_name: str, prompt_format: PromptFormat) -> FastAPI:
-    """The application that answers with `engine`, whose model is called `model_name` and asked in `prompt_format`."""
+def make_api(
+    engine: Engine,
+    tokenizer: ChatGlmTokenizer,
+    model_name: str,
+    prompt_format: PromptFormat,
+    style: DocumentStyle = "numbered",
+) -> FastAPI:
+    """The application that answers with `engine`, whose model is called `model_name`, is asked in `prompt_format` and
+    reads documents in `style`."""
     failures: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
     api = FastAPI(title="ChatGLM3", docs_url=None, redoc_url=None, redirect_slashes=False, responses=failures)
@@ -43,7 +50,13 @@ def make_api(engine: Engine, tokenizer: ChatGlmTokenizer, model_name: str, promp
         answer = Answer(deltas, reply, body.stop or (), model_name, len(prompt_ids))
         if body.stream:
             return EventStream(answer.events(body.stream_options is not None and body.stream_options.include_usage))
-        return await _unless_gone(request, answer.whole())
+        return await unless_gone(request, answer.whole())
+
+    def adapter_of(name: str) -> str:
+        _check_model(name, model_name)
+        return ""
+
+    document_answers.add_route(api, engine, Reader(tokenizer, prompt_format, style), adapter_of, model_name)
 
     @api.get("/v1/models")
     async def models() -> ModelList:
@@ -84,21 +97,3 @@ def _sampling(body: ChatRequest, room: int) -> Sampling:
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
     )
-
-
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, ChatCompletion]) -> Response | ChatCompletion:
-    """Await the answer; a client that goes away meanwhile cancels it."""
-    work = asyncio.create_task(answer)
-    watch = asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else Response(status_code=499)  # which nobody is there to read
-    finally:
-        work.cancel()
-        watch.cancel()
-
-
-async def _gone(request: Request) -> None:
-    """Return when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,0 +1,108 @@
+"""Bodies of POST /v1/answer: a question and documents in, an answer with its places in them out."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from chatglm3.engines import FinishReason
+from serve_app.schema import Usage
+
+MOST_DOCUMENTS = 1000
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Document(_Request):
+    """A document to answer from."""
+
+    text: str = Field(pattern=r"\S")
+    title: str | None = None
+    """Put before the text, as its first line."""
+    id: str | None = None
+    """Given back in citations."""
+
+    @property
+    def shown(self) -> str:
+        """What the model is shown of it, if it fits."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+    @property
+    def text_start(self) -> int:
+        """Where in `shown` the text begins."""
+        return len(self.shown) - len(self.text)
+
+
+def _as_document(document: object) -> object:
+    return {"text": document} if isinstance(document, str) else document
+
+
+AnyDocument = Annotated[Document, BeforeValidator(_as_document, json_schema_input_type=str | Document)]
+
+
+class AnswerRequest(_Request):
+    """POST /v1/answer."""
+
+    question: str = Field(pattern=r"\S")
+    documents: list[AnyDocument] = Field(min_length=1, max_length=MOST_DOCUMENTS)
+    """More than fits into the model's context may be sent: the likeliest are read, the others reported."""
+    model: str | None = None
+    """The model or an adapter of it; the model unless given."""
+    stream: bool | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    """Most tokens of the answer; 512 unless given."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """0, the default, always takes the most probable token."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    user: str | None = None
+    """Taken and not used."""
+
+
+class Citation(BaseModel):
+    """A document that the answer cites, and the passage that it quotes from it."""
+
+    document: int
+    """Index in the request's documents, from 0."""
+    id: str | None
+    title: str | None
+    quote: str | None
+    """The document's own words, `text[start:end]`; the model's, where they are not found in the text; null without
+    a quote."""
+    start: int | None
+    end: int | None
+    exact: bool
+    """Whether the model copied the quote, but for white space and letter case."""
+
+
+class Cut(BaseModel):
+    """A document of which the model was shown a part: characters `start` to `end` of its text."""
+
+    document: int
+    start: int
+    end: int
+
+
+class Fit(BaseModel):
+    """What of the documents the model did not see."""
+
+    omitted: list[int]
+    """Indices of the documents that were left out."""
+    cut: list[Cut]
+
+
+class AnswerBody(Fit):
+    """The answer; in a stream the last event."""
+
+    id: str
+    object: Literal["answer"] = "answer"
+    created: int
+    model: str
+    answer: str
+    """Without quote and citation signs."""
+    citations: list[Citation]
+    refused: bool
+    """The model says that the documents do not hold the answer."""
+    finish_reason: FinishReason
+    usage: Usage
