@@ -1,11 +1,12 @@
-"""Where a quote stands in a document, even where the model did not copy it to the letter."""
+"""Where a quote or an answer stands in a document, even where the model did not copy it to the letter."""
 
 import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 
-from chatglm3.windows import Span
+from chatglm3.bm25 import likeliest_first
+from chatglm3.windows import Span, sentences
 
 MOST_ERRORS = 0.2
 """Share of a quote's characters that may be wrong, missing or added where it is taken for a passage."""
@@ -39,6 +40,13 @@ def find_quotation(quote: str, document: str) -> Quotation | None:
     if errors > MOST_ERRORS * len(wanted) or first == last:
         return None
     return Quotation(places[first][0], places[last - 1][1], exact=False)
+
+
+def find_answer(question: str, answer: str, document: str) -> Span | None:
+    """The sentence of `document` that holds the answer's own words, of several the one that BM25 puts first for the
+    question; None where none does."""
+    found = [span for span in sentences(document) if answer and answer in document[slice(*span)]]
+    return found[likeliest_first(question, [document[slice(*span)] for span in found])[0]] if found else None
 
 
 def _compared(text: str) -> tuple[str, list[Span]]:

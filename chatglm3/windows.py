@@ -1,9 +1,11 @@
-"""The part of a text that fits into a number of tokens, around what must stay of it."""
+"""Parts of a text: its sentences, and what fits into a number of tokens around what must stay."""
 
+import re
 from collections.abc import Callable
 
 Span = tuple[int, int]
 """Start and end in a text."""
+_SENTENCE = re.compile(r"(?:[^。！？!?；;.\n]|\.(?=\S))+[。！？!?；;.]*[”’」』）)]*")
 
 
 def window(text: str, needed: Span, tokens: int, count: Callable[[str], int]) -> Span:
@@ -24,6 +26,16 @@ def window(text: str, needed: Span, tokens: int, count: Callable[[str], int]) ->
     kept = text[start : start + low]
     start += len(kept) - len(kept.lstrip())
     return start, start + len(kept.strip())
+
+
+def sentences(text: str) -> list[Span]:
+    """Its sentences, without blank ends; a line end always ends one."""
+    found = []
+    for match in _SENTENCE.finditer(text):
+        start = match.start() + len(match.group()) - len(match.group().lstrip())
+        if start < match.end():
+            found.append((start, start + len(match.group().strip())))
+    return found
 
 
 def _start(first: int, last: int, size: int, length: int) -> int:

@@ -8,6 +8,7 @@ from chatglm3.engines import FinishReason
 from serve_app.schema import Usage
 
 MOST_DOCUMENTS = 1000
+Match = Literal["exact", "near", "answer"] | None
 
 
 class _Request(BaseModel):
@@ -68,12 +69,13 @@ class Citation(BaseModel):
     id: str | None
     title: str | None
     quote: str | None
-    """The document's own words, `text[start:end]`; the model's, where they are not found in the text; null without
-    a quote."""
+    """The document's own words, `text[start:end]`; the model's, where they are not found in the text."""
     start: int | None
+    """Of the quote, in characters of the text."""
     end: int | None
-    exact: bool
-    """Whether the model copied the quote, but for white space and letter case."""
+    match: Match
+    """How the place was found. exact: the model copied it, but for white space and letter case; near: with a few
+    mistakes; answer: the model quotes nothing, and this sentence holds its answer; null: it was not found."""
 
 
 class Cut(BaseModel):

@@ -19,10 +19,11 @@ from chatglm3.documents import DocumentAnswer, documents_prompt, format_digest, 
 from chatglm3.engines import Delta, Engine, EngineError, FinishReason, PromptTooLong, Sampling
 from chatglm3.errors import ModelError
 from chatglm3.fitting import NUMBERING, Part, fit_documents
-from chatglm3.quotations import find_quotation
+from chatglm3.quotations import find_answer, find_quotation
 from chatglm3.reply import ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
-from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Document, Fit
+from chatglm3.windows import Span
+from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Document, Fit, Match
 from serve_app.answers import EventStream
 from serve_app.disconnect import unless_gone
 from serve_app.errors import api_error
@@ -138,7 +139,7 @@ class _Answer:
         prompt_tokens: int,
         observe: Callable[[AnswerBody], None],
     ) -> None:
-        self._documents = body.documents
+        self._request = body
         self._parts = parts
         self._deltas = deltas
         self._reply = reply
@@ -197,7 +198,7 @@ class _Answer:
             **self._head,
             **self._fit.model_dump(),
             answer=found.text,
-            citations=cite(found, self._documents, self._parts),
+            citations=cite(found, self._request, self._parts),
             refused=found.refused,
             finish_reason=self._finish_reason,
             usage=Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
@@ -218,30 +219,40 @@ def fit_report(documents: Sequence[Document], parts: Sequence[Part]) -> Fit:
     return Fit(omitted=[index for index in range(len(documents)) if index not in shown], cut=cut)
 
 
-def cite(answer: DocumentAnswer, documents: Sequence[Document], parts: Sequence[Part]) -> list[Citation]:
+def cite(answer: DocumentAnswer, body: AnswerRequest, parts: Sequence[Part]) -> list[Citation]:
     """The answer's citations of prompt documents as citations of the caller's; numbers of no document are dropped."""
     citations = []
     for number in answer.citations:
         if not 1 <= number <= len(parts):
             continue
         part = parts[number - 1]
-        document = documents[part.index]
+        document = body.documents[part.index]
         # Looked for in what the model saw, lest an equal passage elsewhere in the document be taken for it.
-        start = max(part.start, document.text_start)
-        found = find_quotation(answer.quote, document.shown[start : part.end]) if answer.quote else None
-        span = (found.start + start - document.text_start, found.end + start - document.text_start) if found else None
+        begin = max(part.start, document.text_start)
+        span, match = _place(answer, body.question, document.shown[begin : part.end])
+        start, end = (place + begin - document.text_start for place in span) if span else (None, None)
         citations.append(
             Citation(
                 document=part.index,
                 id=document.id,
                 title=document.title,
-                quote=document.text[slice(*span)] if span else answer.quote or None,
-                start=span[0] if span else None,
-                end=span[1] if span else None,
-                exact=bool(found and found.exact),
+                quote=document.text[start:end] if span else answer.quote or None,
+                start=start,
+                end=end,
+                match=match,
             )
         )
     return citations
+
+
+def _place(answer: DocumentAnswer, question: str, text: str) -> tuple[Span | None, Match]:
+    """Where in `text` the answer's quote stands, or the answer itself, if it has none; and how that was found."""
+    if not answer.quote:
+        span = find_answer(question, answer.text, text)
+        return span, "answer" if span else None
+    if found := find_quotation(answer.quote, text):
+        return (found.start, found.end), "exact" if found.exact else "near"
+    return None, None
 
 
 def _event(content: dict[str, Any]) -> str:

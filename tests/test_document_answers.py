@@ -20,8 +20,9 @@ from chatglm3.documents import REFUSAL, cited_answer, documents_prompt, format_d
 from chatglm3.engines import AdapterFolders, Delta, Engine, EngineError, Load, Sampling, load_engine
 from chatglm3.errors import ModelError
 from chatglm3.fitting import Part, fit_documents
-from chatglm3.quotations import Quotation, find_quotation
+from chatglm3.quotations import Quotation, find_answer, find_quotation
 from chatglm3.tokenizer import ChatGlmTokenizer
+from chatglm3.windows import sentences
 from serve_app.answer_schema import AnswerRequest, Cut
 from serve_app.document_answers import Reader, cite, document_style, fit_report
 from serve_app.routes import make_api
@@ -94,7 +95,15 @@ def test_a_citation_is_the_callers_document_and_the_place_of_the_quote(tokenizer
     answer = post(engine, tokenizer, {"question": "秋天的草地是什么颜色？", "documents": documents}).json()
     assert answer["answer"] == "黄色"
     assert answer["citations"] == [
-        {"document": 1, "id": "g-1", "title": "草地", "quote": GRASS[7:], "start": 7, "end": len(GRASS), "exact": True}
+        {
+            "document": 1,
+            "id": "g-1",
+            "title": "草地",
+            "quote": GRASS[7:],
+            "start": 7,
+            "end": len(GRASS),
+            "match": "exact",
+        }
     ]
     assert (answer["refused"], answer["omitted"], answer["cut"]) == (False, [], [])
     assert answer["finish_reason"] == "stop"
@@ -229,9 +238,10 @@ def test_what_was_not_shown_is_reported(tokenizer):
 def test_citations_count_the_documents_of_the_prompt():
     body = AnswerRequest(question="?", documents=[SKY, GRASS, ROSES])
     parts = [Part(0, 0, len(SKY)), Part(2, 0, len(ROSES))]
-    found = cite(parse_answer("红色[2][7][1]"), body.documents, parts)
+    found = cite(parse_answer("红色[2][7][1]"), body, parts)
     assert [citation.document for citation in found] == [2, 0]
-    assert (found[0].quote, found[0].start, found[0].end) == (None, None, None)
+    assert (found[0].quote, found[0].start, found[0].end, found[0].match) == (ROSES, 0, len(ROSES), "answer")
+    assert (found[1].quote, found[1].start, found[1].end, found[1].match) == (None, None, None, None)
     assert fit_report(body.documents, parts).omitted == [1]
 
 
@@ -239,7 +249,7 @@ def test_a_quote_is_looked_for_in_the_part_that_was_shown():
     text = "红色。" * 10
     body = AnswerRequest(question="?", documents=[text])
     parts = [Part(0, 12, 24)]
-    [citation] = cite(parse_answer(cited_answer("红", 1, "红色。")), body.documents, parts)
+    [citation] = cite(parse_answer(cited_answer("红", 1, "红色。")), body, parts)
     assert (citation.start, citation.end, citation.quote) == (12, 15, "红色。")
     assert fit_report(body.documents, parts).cut == [Cut(document=0, start=12, end=24)]
 
@@ -281,6 +291,17 @@ def test_a_long_document_is_searched_in_a_moment():
     document = "".join(fillers(2000))
     passage = document[60_000:60_160]
     assert find_quotation(passage[:80] + "错" + passage[81:], document) == Quotation(60_000, 60_160, False)
+
+
+def test_of_several_sentences_with_the_answer_the_one_like_the_question_is_taken():
+    document = "车间3月1日验收。\n合同的签订日期是3月1日。仓库3月1日完工。"
+    assert find_answer("合同是几号签订的？", "3月1日", document) == (10, 23)
+    assert find_answer("合同？", "4月2日", document) is None
+
+
+def test_sentences_end_at_lines_and_at_full_stops_that_are_no_points():
+    text = "甲。乙！” One 1.5 m. Two\n\n 三 "
+    assert [text[slice(*span)] for span in sentences(text)] == ["甲。", "乙！”", "One 1.5 m.", "Two", "三"]
 
 
 # An answer that is being written
