@@ -1,6 +1,8 @@
 """The transformers engine: answers equal to generate's, and no request that harms another."""
 
 import asyncio
+import json
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from contextlib import aclosing
 from pathlib import Path
 from random import Random
 
+import jsonschema
 import pytest
 import torch
 from transformers import GlmConfig, GlmForCausalLM
@@ -18,13 +21,15 @@ from transformers import GlmConfig, GlmForCausalLM
 from chatglm3.engines import (
     Completion,
     EngineError,
+    Guide,
+    Load,
     PromptTooLong,
     RequestError,
     Sampling,
     complete,
     load_engine,
 )
-from chatglm3.engines.sampling import next_tokens
+from chatglm3.engines.sampling import next_tokens, steered
 from chatglm3.engines.transformers_engine import PROMPT_CHUNK, TransformersEngine
 from chatglm3.errors import ModelError
 from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
@@ -149,6 +154,181 @@ def test_long_prompts_do_not_hold_up_the_others(engine):
     assert asyncio.run(tokens_meanwhile()) >= 8  # nine chunks are read, one between two tokens
 
 
+def test_a_long_prompt_delays_a_short_one_by_one_chunk(tokenizer):
+    model, both_asked, passes = random_model(tokenizer), threading.Event(), []
+
+    def record(_, args, kwargs):
+        passes.append(tuple(kwargs["input_ids"].shape))
+        both_asked.wait(5)
+
+    model.model.register_forward_pre_hook(record, with_kwargs=True)
+    engine = TransformersEngine(model, tokenizer)
+
+    async def run() -> int:
+        long = asyncio.create_task(complete(engine, prompt(3 * PROMPT_CHUNK), Sampling(max_tokens=1)))
+        while not passes:
+            await asyncio.sleep(0.001)
+        assert engine.load.running == 1
+        short = asyncio.create_task(complete(engine, prompt(10), Sampling(max_tokens=1)))
+        while not engine.load.waiting:
+            await asyncio.sleep(0.001)
+        both_asked.set()
+        await short
+        await long
+        return len(passes)
+
+    asyncio.run(run())
+    engine.close()
+    # [requests, tokens of each]: a chunk and a step of the long one, twice; then the short one is read first, and
+    # answers in the step after.
+    read_together = [(1, 512), (1, 1), (1, 512), (2, 1), (1, 8), (1, 504), (2, 1)]
+    assert passes == [*read_together, (1, 4), (1, 1)]
+
+
+def test_the_load_counts_requests_tokens_and_memory(tokenizer):
+    model, may_go_on = random_model(tokenizer), threading.Event()
+    model.lm_head.register_forward_pre_hook(lambda *_: may_go_on.wait(5) and None)
+    engine = TransformersEngine(model, tokenizer, max_batch=2)
+    assert engine.load == Load(running=0, waiting=0, waiting_tokens=0, cache_use=0.0)
+
+    async def run() -> Load:
+        jobs = [asyncio.create_task(complete(engine, prompt(41), Sampling(max_tokens=2))) for _ in range(3)]
+        while (load := engine.load).cache_use < 82 / (2 * CONTEXT):
+            await asyncio.sleep(0.001)
+        may_go_on.set()
+        await asyncio.gather(*jobs)
+        return load
+
+    load = asyncio.run(run())
+    engine.close()
+    assert load == Load(running=2, waiting=1, waiting_tokens=41, cache_use=82 / (2 * CONTEXT))
+
+
+def test_bias_forbids_and_forces_tokens(engine):
+    [free] = run_all(engine, [(prompt(12), {"max_tokens": 6})])
+    first = free.token_ids[0]
+    [without] = run_all(engine, [(prompt(12), {"max_tokens": 6, "logit_bias": ((first, -100.0),)})])
+    assert first not in without.token_ids
+    [forced] = run_all(engine, [(prompt(12), {"max_tokens": 6, "logit_bias": ((99, 100.0),)})])
+    assert forced.token_ids == (99,) * 6
+
+
+def test_penalties_are_taken_from_the_scores_of_tokens_that_the_answer_has():
+    logits = torch.tensor([[3.0, 2.5, 1.0, 0.0]]).expand(4, -1)
+    samplings = [Sampling(presence_penalty=0.5), Sampling(frequency_penalty=1.5), Sampling(presence_penalty=-2.0)]
+    scores = steered(logits, [*samplings, Sampling()], [[0, 0, 1], [0, 0, 1], [2], [0]], [None] * 4)
+    assert scores.tolist() == [[2.5, 2.0, 1, 0], [0.0, 1.0, 1, 0], [3, 2.5, 3.0, 0], [3, 2.5, 1, 0]]
+
+
+def test_penalties_see_the_answer_and_not_the_prompt(engine, tokenizer):
+    fields = {"max_tokens": 40, "presence_penalty": 2.0, "frequency_penalty": 2.0, "logit_bias": ((50, 9.0), (51, 9.0))}
+    [answer] = run_all(engine, [([*prompt(30), 50], fields)])
+    ids = [*prompt(30), 50, *answer.token_ids]
+    with torch.no_grad():
+        scores = random_model(tokenizer)(torch.tensor([ids])).logits[0, 30:-1]
+    scores[:, [50, 51]] += 9
+    for step, row in enumerate(scores):
+        for token, count in Counter(answer.token_ids[:step]).items():
+            row[token] -= 2 + 2 * count
+    assert list(answer.token_ids) == scores.argmax(-1).tolist()
+    assert {50, 51} & set(answer.token_ids)
+
+
+def test_logprobs_are_those_of_the_models_own_scores(engine, tokenizer):
+    async def logprobs(**sampling) -> list:
+        fields = Sampling(max_tokens=5, logprobs=3, **sampling)
+        return [delta async for delta in engine.generate(prompt(33), fields)]
+
+    for sampling in ({}, {"temperature": 1.0, "seed": 5}, {"logit_bias": ((99, 100.0),)}):
+        deltas = asyncio.run(logprobs(**sampling))
+        ids = [*prompt(33), *[delta.token_ids[0] for delta in deltas]]
+        with torch.no_grad():
+            expected = random_model(tokenizer)(torch.tensor([ids])).logits[0, 32:-1].log_softmax(-1)
+        for delta, row in zip(deltas, expected, strict=True):
+            [found] = delta.logprobs
+            assert found.token_id == delta.token_ids[0]
+            assert found.logprob == pytest.approx(row[found.token_id].item(), abs=1e-4)
+            assert [token for token, _ in found.top] == row.topk(3).indices.tolist()
+            assert [logprob for _, logprob in found.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    [delta] = asyncio.run(_deltas(engine, Sampling(max_tokens=1)))
+    assert delta.logprobs == ()
+    [delta] = asyncio.run(_deltas(engine, Sampling(max_tokens=1, logprobs=0)))
+    assert [found.top for found in delta.logprobs] == [()]
+
+
+async def _deltas(engine: TransformersEngine, sampling: Sampling) -> list:
+    return [delta async for delta in engine.generate(prompt(33), sampling)]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "minLength": 1, "maxLength": 12},
+        "size": {"enum": ["大", "小"]},
+        "counts": {"type": "array", "items": {"type": "integer", "minimum": -9, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["text", "size", "counts"],
+    "additionalProperties": False,
+}
+
+
+def test_a_guided_answer_obeys_whatever_the_model_would_say(engine):
+    """A model of random weights at full temperature, with the line that begins a reply in the chat format."""
+    guide = Guide("json_schema", json.dumps(SCHEMA), after="\n")
+    free = {"max_tokens": 30}
+    guided = {"max_tokens": 400, "temperature": 1.0, "guide": guide}
+    requests = [(prompt(9), free), *[(prompt(20), guided | {"seed": seed}) for seed in range(24)], (prompt(9), free)]
+    first, *answers, last = run_all(engine, requests)
+    assert first == last
+    assert first.finish_reason == "length"
+    contents = [json.loads(answer.text.removeprefix("\n")) for answer in answers]
+    for content in contents:
+        jsonschema.validate(content, SCHEMA)
+    assert {answer.text[0] for answer in answers} == {"\n"}
+    assert {answer.finish_reason for answer in answers} == {"stop"}
+    assert len({content["text"] for content in contents}) > 20
+
+
+def test_every_kind_of_guide_is_obeyed(engine):
+    guides = {
+        "json_object": (Guide("json_object"), r"\s*\{.*\}\s*"),
+        "regex": (Guide("regex", "[ab]{3}/(天|地)\n?!"), r"[ab]{3}/(天|地)\n?!"),
+        "grammar": (Guide("grammar", 'start: "ja" | more\nmore: "nein" /[0-9]/'), r"ja|nein[0-9]"),
+    }
+    for name, (guide, pattern) in guides.items():
+        requests = [(prompt(8), {"temperature": 1.0, "seed": seed, "guide": guide}) for seed in range(5)]
+        for answer in run_all(engine, [(ids, fields | {"max_tokens": 600}) for ids, fields in requests]):
+            if answer.finish_reason == "stop":  # an endless string of random letters is a JSON object too
+                assert re.fullmatch(pattern, answer.text, re.DOTALL), (name, answer.text)
+        assert answer.finish_reason == "stop" or name == "json_object"
+
+
+def test_guides_that_cannot_be_followed_are_refused_and_harm_nobody(engine):
+    wrong = {
+        ("regex", "(?=a)b"): "look-around",
+        ("regex", "(" * 60_000): "regex",
+        ("regex", "((((((a{100}){100}){100}){100}){100})"): "regex",
+        ("json_schema", '{"type": "strin"}'): "json_schema cannot be followed",
+        ("json_schema", '{"$ref": "http://127.0.0.1/schema"}'): "json_schema cannot be followed",
+        ("json_schema", '{"a":' * 10_000 + "1" + "}" * 10_000): "recursion limit",
+        ("json_schema", '{"type": "integer", "multipleOf": 982451653}'): "fuel exhausted",
+        ("grammar", "start: nothing"): "nothing",
+    }
+    for (kind, text), message in wrong.items():
+        started = time.monotonic()
+        with pytest.raises(RequestError, match=message) as refused:
+            asyncio.run(engine.prepare(Sampling(guide=Guide(kind, text))))
+        assert "\n" not in str(refused.value)
+        assert time.monotonic() - started < 0.5
+    with pytest.raises(RequestError, match="at most 65536 characters"):
+        Guide("regex", "a" * 70_000)
+    # What shows only on the way fails the one request.
+    costly = Guide("regex", "(?:a?){500}a{500}")
+    with pytest.raises(RequestError, match="too many expressions"):
+        run_all(engine, [(prompt(8), {"guide": costly, "max_tokens": 300})])
+    assert len(run_all(engine, [(prompt(8), {"max_tokens": 5})])[0].token_ids) == 5
+
+
 def test_an_answer_ends_before_a_stop_text_and_at_a_stop_id(engine, tokenizer):
     [whole] = run_all(engine, [(prompt(9), {"max_tokens": 40})])
     mark = whole.text[20:24]
@@ -172,12 +352,24 @@ def test_impossible_requests_are_refused_with_the_numbers_and_harm_nobody(engine
     for ids, message in (([], "the prompt is empty"), ([5, -1], "outside"), ([tokenizer.vocab_size], "outside")):
         with pytest.raises(RequestError, match=message):
             engine.generate(ids, Sampling())
+    with pytest.raises(RequestError, match="logit_bias has ids outside"):
+        engine.generate(prompt(3), Sampling(logit_bias=((10**9, 1.0),)))
     with pytest.raises(PromptTooLong, match=r"2000 tokens and max_tokens 49 together exceed .* 2048"):
         engine.generate(prompt(2000), Sampling(max_tokens=49))
     for field, value in (("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0)):
         with pytest.raises(RequestError, match=field):
             Sampling(**{field: value})
-    for values in ({"top_p": 1.1}, {"top_k": -1}, {"stop": ("",)}, {"temperature": 10**400}):
+    for values in (
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"stop": ("",)},
+        {"temperature": 10**400},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": ((5, 101.0),)},
+        {"logit_bias": ((5, 1.0),) * 1025},
+        {"logprobs": 21},
+    ):
         with pytest.raises(RequestError):
             Sampling(**values)
     assert len(run_all(engine, [(prompt(2000), {"max_tokens": 48})])[0].token_ids) == 48

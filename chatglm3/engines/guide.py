@@ -89,9 +89,12 @@ class _Vocabulary:
         pieces = [tokenizer.piece(token_id) for token_id in range(tokenizer.vocab_size)]
         self.eos_token_id = tokenizer.eos_id
         self.bos_token_id = None
-        # Control ids and the ids that print nothing are none of an answer's text.
         controls = range(tokenizer.vocab_size - len(CONTROL_TOKENS), tokenizer.vocab_size)
-        self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece or token in controls]
+        # None of an answer's text: control ids, ids that print nothing, and the space as a byte, which encoding never
+        # makes and which decoding would not take off.
+        self.special_token_ids = [
+            token for token, piece in enumerate(pieces) if not piece or piece == b" " or token in controls
+        ]
         self.tokens = [piece if isinstance(piece, bytes) else piece.replace("▁", " ").encode() for piece in pieces]
         for token in self.special_token_ids:
             self.tokens[token] = b"<|%d|>" % token

@@ -1,15 +1,60 @@
 """Drawing the next token of each request from the model's logits."""
 
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
 import torch
 
-from chatglm3.engines import Sampling
+from chatglm3.engines import Sampling, TokenLogprob
+
+
+def steered(
+    logits: torch.Tensor,
+    samplings: Sequence[Sampling],
+    answers: Sequence[Sequence[int]],
+    allowed: Sequence[bytes | None],
+) -> torch.Tensor:
+    """`logits` [rows, vocabulary] after each row's bias and penalties, with -inf for what its guide does not allow.
+
+    `answers` are the tokens that each row has drawn, `allowed` its guide's bits, lowest first, a token each.
+    """
+    steers = [row for row, sampling in enumerate(samplings) if _steers(sampling)]
+    if not steers:
+        return logits
+    scores = logits.to(torch.float32, copy=True)
+    for row in steers:
+        sampling, answer, bits = samplings[row], answers[row], allowed[row]
+        if sampling.logit_bias:
+            tokens, biases = zip(*sampling.logit_bias, strict=True)
+            scores[row].index_add_(0, _ids(tokens, scores), torch.tensor(biases, device=scores.device))
+        if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+            counts = Counter(answer)
+            penalties = [sampling.presence_penalty + sampling.frequency_penalty * count for count in counts.values()]
+            scores[row, _ids(list(counts), scores)] -= torch.tensor(penalties, device=scores.device)
+        if bits is not None:
+            scores[row].masked_fill_(~_unpacked(bits, logits.shape[1]).to(scores.device), -torch.inf)
+    return scores
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: Sequence[int | None], samplings: Sequence[Sampling]
+) -> list[tuple[TokenLogprob, ...]]:
+    """For each row of the model's own `logits`: its token's logprob and the most probable ones, if it asks for them."""
+    found: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
+    for row, (token, sampling) in enumerate(zip(tokens, samplings, strict=True)):
+        if token is None or sampling.logprobs is None:
+            continue
+        logprobs = logits[row].float().log_softmax(-1)
+        values, ids = logprobs.topk(sampling.logprobs)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        found[row] = (TokenLogprob(token, logprobs[token].item(), top),)
+    return found
 
 
 def next_tokens(logits: torch.Tensor, samplings: Sequence[Sampling], randoms: Sequence[Random]) -> list[int | None]:
-    """The next token of each row of `logits` [rows, vocabulary]; None where they are not finite numbers.
+    """The next token of each row of `logits` [rows, vocabulary]; None where they are no numbers, or no token may come.
 
     A row depends on its own logits, sampling and random numbers alone. One number a token is drawn, on the CPU, so
     that a seed means the same on every device.
@@ -19,8 +64,22 @@ def next_tokens(logits: torch.Tensor, samplings: Sequence[Sampling], randoms: Se
     if drawn:
         uniforms = [randoms[row].random() for row in drawn]
         tokens[drawn] = _draw(logits[drawn].double(), [samplings[row] for row in drawn], uniforms)
-    tokens[~logits.isfinite().all(-1)] = -1
+    tokens[~logits.amax(-1).isfinite()] = -1
     return [token if token >= 0 else None for token in tokens.tolist()]
+
+
+def _steers(sampling: Sampling) -> bool:
+    return bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty or sampling.guide)
+
+
+def _ids(tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(tokens, device=like.device)
+
+
+def _unpacked(bits: bytes, size: int) -> torch.Tensor:
+    """`bits` as `size` booleans; those past its end, which the tokenizer has no tokens for, are False."""
+    given = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:size]
+    return torch.from_numpy(np.pad(given, (0, size - len(given))).astype(bool))
 
 
 def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from random import Random
 
 import torch
+from llguidance import LLMatcher
 from transformers import GlmForCausalLM
 
 from chatglm3.checkpoint import load_model
@@ -24,18 +25,23 @@ from chatglm3.engines import (
     Delta,
     DtypeName,
     EngineError,
+    FinishReason,
     Load,
     PromptTooLong,
     RequestError,
     Sampling,
+    TokenLogprob,
 )
-from chatglm3.engines.sampling import next_tokens
+from chatglm3.engines.guide import GuideCompiler, raise_if_stuck
+from chatglm3.engines.sampling import next_tokens, steered, token_logprobs
 from chatglm3.engines.slot_cache import ATTENTION, SlotCache, position_bytes
 from chatglm3.stream import TextStream
 from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
 
 PROMPT_CHUNK = 512  # prompt tokens read between two passes of the running requests
 CACHE_BYTES = 8 * 2**30  # of keys and values at full length: 36 rows of ChatGLM3-6B's 8,192 positions
+
+Failure = EngineError | RequestError
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +72,16 @@ class _Request:
     sampling: Sampling
     text: TextStream
     random: Random
+    matcher: LLMatcher | None
+    """Where its guide stands."""
     loop: asyncio.AbstractEventLoop
-    deltas: asyncio.Queue[Delta | EngineError] = field(default_factory=asyncio.Queue)
-    num_drawn: int = 0
+    deltas: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
+    answer: list[int] = field(default_factory=list)
     cached: int = 0
     ended: bool = False
     """Answered, failed, or given up by the client: its row is free at the next pass."""
 
-    def send(self, item: Delta | EngineError) -> None:
+    def send(self, item: Delta | Failure) -> None:
         """Hand an item to the client's event loop; a client without a running loop has given up."""
         try:
             self.loop.call_soon_threadsafe(self.deltas.put_nowait, item)
@@ -101,11 +109,14 @@ class TransformersEngine:
         """Row r of the cache belongs to running[r]."""
         self._model = model
         self._tokenizer = tokenizer
+        self._guides = GuideCompiler(tokenizer)
         row_bytes = position_bytes(model) * self.context_length
         self._max_batch = max(1, min(max_batch, CACHE_BYTES // row_bytes))
         self._cache = SlotCache(config.num_hidden_layers, self._max_batch, self.context_length)
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()
         self._waiting: deque[_Request] = deque()
+        self._reading: deque[_Request] = deque()
+        """Running requests whose prompts are not read yet; the first has the next turn."""
         self._death: str | None = None
         self._on_fatal = on_fatal
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -130,8 +141,10 @@ class TransformersEngine:
 
     async def prepare(self, sampling: Sampling) -> None:
         """Load the adapter, compile the guide; see `Engine.prepare`."""
-        if sampling.adapter or sampling.guide:
-            raise RequestError("this engine has no adapters and guides yet")
+        if sampling.adapter:
+            raise RequestError("this engine has no adapters yet")
+        if sampling.guide:
+            await asyncio.to_thread(self._guides.matcher, sampling.guide)
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; see `Engine.generate`."""
@@ -141,6 +154,8 @@ class TransformersEngine:
         vocabulary = self._model.config.vocab_size
         if not all(0 <= token < vocabulary for token in prompt_ids):
             raise RequestError(f"the prompt has ids outside of the vocabulary of {vocabulary}")
+        if not all(0 <= token < vocabulary for token, _ in sampling.logit_bias):
+            raise RequestError(f"logit_bias has ids outside of the vocabulary of {vocabulary}")
         if len(prompt_ids) + sampling.max_tokens > self.context_length:
             raise PromptTooLong(
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} together exceed the "
@@ -154,14 +169,16 @@ class TransformersEngine:
         self._thread.join()
 
     async def _stream(self, ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        guide = sampling.guide
+        matcher = await asyncio.to_thread(self._guides.matcher, guide) if guide else None
         text = TextStream(self._tokenizer, sampling.stop)
-        request = _Request(ids, sampling, text, Random(sampling.seed), asyncio.get_running_loop())
+        request = _Request(ids, sampling, text, Random(sampling.seed), matcher, asyncio.get_running_loop())
         self._arrivals.put(request)
         try:
             self._raise_if_dead()  # after the put: the dying thread may have emptied the queue just before it
             while True:
                 item = await request.deltas.get()
-                if isinstance(item, EngineError):
+                if isinstance(item, Failure):
                     raise item
                 yield item
                 if item.finish_reason:
@@ -216,16 +233,24 @@ class TransformersEngine:
             if not request.ended:
                 self._cache.erase(len(self.running))
                 self.running.append(request)
+                self._reading.append(request)
 
     def _read_prompts(self) -> None:
-        """Read at most PROMPT_CHUNK prompt ids, oldest request first, all but each one's last id."""
+        """Read at most PROMPT_CHUNK prompt ids, all but each prompt's last id.
+
+        Requests take turns, and one that did not come to its end goes behind the others: a long prompt delays a
+        short one by one chunk. Whole chunks in turn, rather than a share for each, keep the passes large.
+        """
         budget = PROMPT_CHUNK
-        for row, request in enumerate(self.running):
+        while budget and self._reading:
+            request = self._reading.popleft()
             chunk = request.ids[request.cached : min(len(request.ids) - 1, request.cached + budget)]
-            if chunk:
-                self._forward(row, [chunk], [request.cached])
-                request.cached += len(chunk)
-                budget -= len(chunk)
+            if not chunk or request.ended:
+                continue
+            self._forward(self.running.index(request), [chunk], [request.cached])
+            request.cached += len(chunk)
+            budget -= len(chunk)
+            self._reading.append(request)
 
     def _advance(self) -> None:
         """Read one id of every request; those that have read all of theirs draw the next token."""
@@ -236,10 +261,15 @@ class TransformersEngine:
         if not rows:
             return
         ready = [self.running[row] for row in rows]
+        samplings = [request.sampling for request in ready]
+        # A GPU still computes the states meanwhile.
+        allowed = [request.matcher.compute_bitmask() if request.matcher else None for request in ready]
         logits = self._model.lm_head(states[rows, -1])
-        tokens = next_tokens(logits, [r.sampling for r in ready], [r.random for r in ready])
-        for request, token in zip(ready, tokens, strict=True):
-            self._answer(request, token)
+        scores = steered(logits, samplings, [request.answer for request in ready], allowed)
+        tokens = next_tokens(scores, samplings, [request.random for request in ready])
+        logprobs = token_logprobs(logits, tokens, samplings)
+        for request, token, its_logprobs in zip(ready, tokens, logprobs, strict=True):
+            self._answer(request, token, its_logprobs)
 
     def _forward(self, first_row: int, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
         """Run ids [B, T] of rows first_row.. at positions starts[b]..: their final states [B, T, hidden]."""
@@ -260,32 +290,43 @@ class TransformersEngine:
         states: torch.Tensor = outputs.last_hidden_state
         return states
 
-    def _answer(self, request: _Request, token: int | None) -> None:
+    def _answer(self, request: _Request, token: int | None, logprobs: tuple[TokenLogprob, ...]) -> None:
         """Send the piece of the answer that `token` makes; what goes wrong here fails this request alone."""
         try:
-            delta = self._delta(request, token)
+            text, finish_reason = self._grown(request, token)
+        except RequestError as error:
+            request.send(error)
+            request.ended = True
         except Exception as error:
             log.exception("a request failed")
             request.send(EngineError(f"this request failed: {type(error).__name__}: {error}"))
             request.ended = True
         else:
-            request.ended = request.ended or delta.finish_reason is not None
-            request.send(delta)
+            request.ended = request.ended or finish_reason is not None
+            request.send(Delta(text, tuple(request.answer[-1:]), finish_reason, logprobs))
 
-    def _delta(self, request: _Request, token: int | None) -> Delta:
+    def _grown(self, request: _Request, token: int | None) -> tuple[str, FinishReason | None]:
+        """Put `token` after the answer: what becomes readable, and whether that is all."""
+        if request.matcher:
+            raise_if_stuck(request.matcher)
         if token is None:
             raise ArithmeticError("the model's scores are not finite numbers")
         request.ids.append(token)
-        request.num_drawn += 1
+        request.answer.append(token)
         if token in self._tokenizer.stop_ids:
-            return Delta(request.text.finish(), (token,), "stop")
+            return request.text.finish(), "stop"
         text = request.text.push([token])
-        if request.text.stopped:
-            return Delta(text, (token,), "stop")
-        if request.num_drawn == request.sampling.max_tokens:
+        is_complete = request.text.stopped
+        if request.matcher:
+            request.matcher.consume_token(token)
+            raise_if_stuck(request.matcher)
+            is_complete = is_complete or request.matcher.is_stopped()
+        if is_complete:
+            return text + request.text.finish(), "stop"
+        if len(request.answer) == request.sampling.max_tokens:
             text += request.text.finish()
-            return Delta(text, (token,), "stop" if request.text.stopped else "length")
-        return Delta(text, (token,))
+            return text, "stop" if request.text.stopped else "length"
+        return text, None
 
     def _die(self, reason: str) -> None:
         """Refuse new requests and fail those under way."""
