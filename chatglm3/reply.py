@@ -66,6 +66,8 @@ class ReplyStream:
     """
 
     def __init__(self, tools: Sequence[Any] | None = None) -> None:
+        self.tool_calls: list[ToolCall] = []
+        """Those that are complete; a call shows only at its end."""
         self._tools = tools
         self._begin("")
 
@@ -96,8 +98,11 @@ class ReplyStream:
             self._metadata, self._text = (line, rest) if newline else ("", line)
         is_plain = not self._metadata.strip()
         if self._tools and not is_plain:
-            # Whether it is a tool call shows only at its end.
-            return self._text if is_whole and not _tool_call(self._metadata, self._text) else ""
+            if not is_whole:
+                return ""
+            if call := _tool_call(self._metadata, self._text):
+                self.tool_calls.append(call)
+            return "" if call else self._text
         if is_plain and not self._started:
             self._text = self._text.lstrip()
         end = len(self._text) - (0 if is_whole else held_back(self._text, (SEPARATOR, DATE_BLANK)))

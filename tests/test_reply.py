@@ -60,6 +60,7 @@ def test_the_recorded_chats_end_in_the_official_response_and_history(shared, cas
         text, stream = TextStream(tokenizer), ReplyStream(tools)
         deltas = [stream.push(text.push([token_id])) for token_id in ids]
         assert "".join(deltas) + stream.push(text.finish()) + stream.finish() == reply.content
+        assert stream.tool_calls == reply.tool_calls
 
 
 def test_streamed_chats_yield_what_stream_chat_yields(shared, cases):
