@@ -19,6 +19,7 @@ async def unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> Respo
     finally:
         work.cancel()
         watch.cancel()
+        await asyncio.wait((work, watch))  # what it did is known only when it has ended
 
 
 async def _gone(request: Request) -> None:

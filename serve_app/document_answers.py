@@ -57,12 +57,14 @@ class Reader:
     tokenizer: ChatGlmTokenizer
     prompt_format: PromptFormat
     style: DocumentStyle = "numbered"
+    max_prompt_tokens: int | None = None
 
     def prompt(self, body: AnswerRequest, limit: int) -> tuple[list[int], list[Part]]:
         """A prompt of at most `limit` tokens, and the parts of `shown` documents in it.
 
         PromptTooLong if the question leaves no room for a document.
         """
+        limit = min(limit, self.max_prompt_tokens or limit)
         documents = [document.shown for document in body.documents]
         offered = documents
         if self.style == "single":
@@ -100,7 +102,7 @@ def add_route(
     reader: Reader,
     resolve: Callable[[str], str],
     model_name: str,
-    observe: Callable[[AnswerBody], None] = lambda _: None,
+    observe: Callable[[AnswerBody], object],
 ) -> None:
     """Give `api` the route. `resolve` makes a model's name the adapter's, "" for the model itself, or raises ApiError;
     `observe` is called with each whole answer."""
@@ -137,7 +139,7 @@ class _Answer:
         reply: ReplyStream | None,
         model: str,
         prompt_tokens: int,
-        observe: Callable[[AnswerBody], None],
+        observe: Callable[[AnswerBody], object],
     ) -> None:
         self._request = body
         self._parts = parts

@@ -1,6 +1,7 @@
 """The HTTP API over an engine, in OpenAI's shape. Knows nothing of Ray: any ASGI server can run it."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,6 +12,7 @@ from chatglm3.engines import Engine, Sampling
 from chatglm3.reply import ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import document_answers, errors
+from serve_app.answer_schema import AnswerBody
 from serve_app.answers import Answer, EventStream
 from serve_app.body_limit import BodyLimit
 from serve_app.disconnect import unless_gone
@@ -28,13 +30,18 @@ def make_api(
     model_name: str,
     prompt_format: PromptFormat,
     style: DocumentStyle = "numbered",
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_prompt_tokens: int | None = None,
+    on_answer: Callable[[AnswerBody], object] = bool,
 ) -> FastAPI:
     """The application that answers with `engine`, whose model is called `model_name`, is asked in `prompt_format` and
-    reads documents in `style`."""
+    reads documents in `style`, as far as they fit into `max_prompt_tokens`. `on_answer` is called with each answer of
+    /v1/answer."""
     failures: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     # The documentation pages of FastAPI load their scripts from elsewhere; /openapi.json stays.
     api = FastAPI(title="ChatGLM3", docs_url=None, redoc_url=None, redirect_slashes=False, responses=failures)
-    api.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     errors.install(api)
     card = ModelCard(id=model_name, created=int(time.time()))
 
@@ -56,7 +63,8 @@ def make_api(
         _check_model(name, model_name)
         return ""
 
-    document_answers.add_route(api, engine, Reader(tokenizer, prompt_format, style), adapter_of, model_name)
+    reader = Reader(tokenizer, prompt_format, style, max_prompt_tokens)
+    document_answers.add_route(api, engine, reader, adapter_of, model_name, on_answer)
 
     @api.get("/v1/models")
     async def models() -> ModelList:

@@ -1,0 +1,130 @@
+"""ASGI middleware that lets a request in: its key, its key's limits, a free place, and the time it may take."""
+
+import asyncio
+import json
+from collections.abc import Callable
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import ApiError
+from serve_app.keys import Key, KeyFile
+from serve_app.ledger import Ledger
+from serve_app.request_record import RequestRecord, current
+
+
+class Guard:
+    """Answers 401, 429, 503 or 504 itself; everything else comes from the application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyFile | None,
+        ledger: Ledger,
+        is_open: Callable[[str], bool],
+        max_inflight: int,
+        timeout_s: float,
+    ) -> None:
+        """Paths that `is_open` need no key and no place. `keys` None lets everybody in; 0 is no limit."""
+        self._app = app
+        self._keys = keys
+        self._ledger = ledger
+        self._is_open = is_open
+        self._max_inflight = max_inflight
+        self._timeout_s = timeout_s
+        self._inflight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what may pass."""
+        if scope["type"] != "http" or self._is_open(scope["path"]):
+            return await self._app(scope, receive, send)
+        record = current.get() or RequestRecord("")
+        try:
+            key = self._authenticated(scope)
+            record.key = key.name if key else ""
+            # Only what asks the model to write counts; a scrape of /metrics must not use up anything.
+            counted = key if scope["method"] == "POST" else None
+            self._refuse_beyond(self._max_inflight)
+            headers = await self._admitted(counted)
+        except ApiError as error:
+            record.rejected = str(error.body["error"]["code"])
+            return await _respond(error, scope, receive, send)
+        self._inflight += 1
+        try:
+            await self._in_time(scope, receive, _with_headers(send, headers), record)
+        finally:
+            self._inflight -= 1
+            if counted and (tokens := record.prompt_tokens + record.completion_tokens):
+                # Shielded: a client that goes away must not get its tokens for nothing.
+                await asyncio.shield(self._ledger.charge(counted.name, counted.limits, tokens))
+
+    def _authenticated(self, scope: Scope) -> Key | None:
+        if self._keys is None:
+            return None
+        scheme, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
+        key = self._keys.find(presented.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise ApiError(
+                401,
+                "a valid API key is needed: send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return key
+
+    def _refuse_beyond(self, limit: int) -> None:
+        if limit and self._inflight >= limit:
+            raise ApiError(503, "the server is busy; try again", code="overloaded", headers={"Retry-After": "1"})
+
+    async def _admitted(self, key: Key | None) -> dict[str, str]:
+        """Headers that tell the client how it stands. ApiError if its limits are used up."""
+        if key is None or not (key.limits.requests_per_minute or key.limits.tokens_per_minute):
+            return {}
+        standing = await self._ledger.admit(key.name, key.limits)
+        if standing.retry_after_s:
+            raise ApiError(
+                429,
+                f"the key's {standing.exhausted} per minute are used up; try again in "
+                f"{standing.headers['retry-after']} s",
+                code=f"{standing.exhausted}_per_minute_exceeded",
+                headers=standing.headers,
+            )
+        return standing.headers
+
+    async def _in_time(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        begun = ""  # content type of the answer, once there is one
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = MutableHeaders(scope=message).get("content-type", "?")
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._timeout_s or None):
+                await self._app(scope, receive, watched)
+        except TimeoutError:
+            record.rejected = "timeout"
+            error = ApiError(
+                504, f"the request took more than {self._timeout_s:g} s; ask for fewer tokens", code="timeout"
+            )
+            if not begun:
+                return await _respond(error, scope, receive, send)
+            is_stream = begun.startswith("text/event-stream")
+            last = f"data: {json.dumps(error.body)}\n\n".encode() if is_stream else b""
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    await JSONResponse(error.body, error.status_code, error.headers)(scope, receive, send)
+
+
+def _with_headers(send: Send, headers: dict[str, str]) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(headers)
+        await send(message)
+
+    return sending if headers else send

@@ -1,0 +1,81 @@
+"""An engine that is measured: what each request reads and writes, and how long it takes."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from chatglm3.engines import Delta, Engine, Load, PromptTooLong, Sampling
+from serve_app import metrics
+from serve_app.metrics import Metrics
+from serve_app.request_record import RequestRecord, current
+
+
+class MeteredEngine:
+    """Passes everything on to an engine, and takes down what its answers were."""
+
+    def __init__(self, engine: Engine, measured: Metrics, max_prompt_tokens: int | None = None) -> None:
+        """Prompts of more than `max_prompt_tokens` are refused."""
+        self._engine = engine
+        self._metrics = measured
+        self._max_prompt_tokens = max_prompt_tokens
+        self.context_length = engine.context_length
+        self.adapters = engine.adapters
+
+    @property
+    def healthy(self) -> bool:
+        """See `Engine.healthy`."""
+        return self._engine.healthy
+
+    @property
+    def load(self) -> Load:
+        """See `Engine.load`."""
+        return self._engine.load
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """See `Engine.prepare`."""
+        await self._engine.prepare(sampling)
+
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """See `Engine.generate`."""
+        if self._max_prompt_tokens and len(prompt_ids) > self._max_prompt_tokens:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens, and {self._max_prompt_tokens} are allowed here"
+            )
+        deltas = self._engine.generate(prompt_ids, sampling)
+        record = current.get() or RequestRecord("")
+        record.model = sampling.adapter or self._metrics.model
+        record.prompt_tokens += len(prompt_ids)
+        self._metrics.record(metrics.PROMPT_TOKENS, len(prompt_ids), model=record.model)
+        return self._measured(deltas, record)
+
+    async def _measured(
+        self, deltas: AsyncGenerator[Delta, None], record: RequestRecord
+    ) -> AsyncGenerator[Delta, None]:
+        started = last = time.perf_counter()
+        ending, first, model = "abort", True, record.model
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    now, count = time.perf_counter(), len(delta.token_ids)
+                    if first and count:
+                        record.first_token_s = now - started
+                        self._metrics.record(metrics.FIRST_TOKEN, now - started, model=model)
+                    elif count:  # tokens that come together share the time
+                        for _ in range(count):
+                            self._metrics.record(metrics.BETWEEN_TOKENS, (now - last) / count, model=model)
+                    first, last = first and not count, now
+                    record.completion_tokens += count
+                    ending = delta.finish_reason or ending
+                    self._metrics.record(metrics.GENERATION_TOKENS, count, model=model)
+                    yield delta
+        except Exception:
+            ending = "error"
+            raise
+        finally:
+            record.finish_reason = ending
+            self._metrics.record(metrics.REQUEST, time.perf_counter() - started, model=model)
+            self._metrics.record(metrics.FINISHED, model=model, finished_reason=ending)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._engine.close()

@@ -1,0 +1,25 @@
+"""What is known of the request that is being answered: for logs, metrics, traces and quotas. Never its contents."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass
+class RequestRecord:
+    """One request; whoever learns something of it writes it here."""
+
+    id: str
+    key: str = ""
+    """Name of the API key."""
+    model: str = ""
+    """The model or adapter that answers."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_s: float | None = None
+    """From handing the prompt to the engine to the first token."""
+    finish_reason: str = ""
+    rejected: str = ""
+    """Why it was turned away, in a word."""
+
+
+current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
