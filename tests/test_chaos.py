@@ -32,4 +32,4 @@ def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path
         pytest.skip("no right to mount a small disk")
     outcome = chaos.meet(fault, rows, tmp_path, expected)
     assert outcome.worst < 1e-3
-    assert outcome.steps_lost <= 6
+    assert outcome.steps_lost <= 2 * chaos.SETTINGS["save_steps"]
