@@ -5,16 +5,19 @@ import logging
 import os
 import socket
 import urllib.request
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client  # the only way to the host that is listened on
+from ray.serve.handle import DeploymentHandle
 
 from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
@@ -25,11 +28,19 @@ from chatglm3.tokenizer import load_tokenizer
 from chatglm3.weights import open_weights
 from cluster.errors import StageError
 from cluster.storage import RECEIPT, read_receipt
+from serve_app import front
 from serve_app.document_answers import document_style
+from serve_app.front import FrontArgs
+from serve_app.metering import MeteredEngine
+from serve_app.metrics import Metrics
+from serve_app.ray_metrics import RaySink
 from serve_app.routes import make_api
+from serve_app.shared_ledger import LedgerServer, SharedLedger
+
+log = logging.getLogger(__name__)
 
 
-class AppArgs(BaseModel):
+class AppArgs(FrontArgs):
     """Arguments of the application: `args:` in a Serve config file, KEY=VALUE after `serve run serve_app.app:build`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,15 +83,20 @@ def build(args: AppArgs) -> Application:
         open_weights(folder)
         load_tokenizer(folder)
         document_style(_facts(folder), args.model)
+        files = front.check_files(args)
     except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.
-    located = args.model_copy(update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name})
+    located = args.model_copy(
+        update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name, **files}
+    )
     # Without num_gpus all replicas would take their node's first GPU. A config file's own ray_actor_options take the
     # place of these.
     gpus = {"num_gpus": 1 if torch.cuda.is_available() else 0}
     server = ChatServer.options(ray_actor_options=gpus)  # type: ignore[attr-defined]  # Serve's decorator adds it
-    application: Application = server.bind(located)
+    # Limits are a key's, wherever its requests end up: one ledger counts for all replicas.
+    ledger = LedgerServer.bind() if args.api_keys else None  # type: ignore[attr-defined]
+    application: Application = server.bind(located, ledger)
     return application
 
 
@@ -134,23 +150,38 @@ def _is_serve(url: str) -> bool:
 class ChatServer:
     """One engine and its HTTP API. Replicas, GPUs and queues are options of the deployment, in the config file."""
 
-    def __init__(self, args: AppArgs) -> None:
+    def __init__(self, args: AppArgs, ledger: DeploymentHandle[Any] | None = None) -> None:
         _join_serve_log()
         self._args = args
+        self._ledger = SharedLedger(ledger) if ledger else None
+        self._metrics = Metrics(args.name, [RaySink(serve.get_replica_context().replica_tag)])
+        _warn_of_open_door(args)
         # A replica with a dead engine fails fast and so attracts requests until a health check: end it at once.
-        self._engine = load_engine(
+        engine = load_engine(
             args.engine, args.model, dtype=args.dtype, max_batch=args.max_batch, on_fatal=lambda: os._exit(1)
         )
+        self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, facts = self._args, _facts(self._args.model)
         # A folder that no stage of ours wrote is asked as a chat.
         prompt_format: PromptFormat = facts.get("prompt_format", "chat")
-        tokenizer = load_tokenizer(args.model)
-        return make_api(self._engine, tokenizer, args.name, prompt_format, document_style(facts, args.model))
+        api = make_api(
+            self._engine,
+            load_tokenizer(args.model),
+            args.name,
+            prompt_format,
+            document_style(facts, args.model),
+            max_body_bytes=args.max_body_bytes,
+            max_prompt_tokens=args.max_prompt_tokens,
+            on_answer=self._metrics.answered,
+        )
+        front.install(api, args, self._engine, self._metrics, ledger=self._ledger, behind_serve=True)
+        return api
 
     def check_health(self) -> None:
-        """Called by Serve; raising has the replica replaced."""
+        """Called by Serve every few seconds; raising has the replica replaced."""
+        self._metrics.sample(self._engine.load)
         if not self._engine.healthy:
             raise RuntimeError("the engine has died")
 
@@ -161,6 +192,18 @@ def _join_serve_log() -> None:
         log = logging.getLogger(name)
         log.handlers = logging.getLogger("ray.serve").handlers
         log.setLevel(logging.INFO)
+
+
+def _warn_of_open_door(args: AppArgs) -> None:
+    serving = _get_global_client()
+    assert serving, "a replica is part of a Serve instance"
+    host = serving.http_config.host
+    if not args.api_keys and host and host != "localhost" and not ip_address(host).is_loopback:
+        log.warning(
+            "EVERYBODY WHO REACHES %s MAY USE THIS MODEL: it listens beyond this machine, without API keys. Make some "
+            "(python -m serve_app keys add NAME --file FILE) and give api_keys: FILE, or listen on 127.0.0.1",
+            host,
+        )
 
 
 def _facts(folder: str | Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What stands before the API: who may ask, how much, and what is taken down of it."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
@@ -9,11 +10,15 @@ from starlette.middleware.cors import CORSMiddleware
 from chatglm3.engines import Engine
 from serve_app.audit import open_audit_log
 from serve_app.guard import Guard
-from serve_app.keys import KeyFile, Limits
+from serve_app.keys import KeyFile, Limits, read_keys
 from serve_app.ledger import Ledger, LocalLedger
 from serve_app.metrics import Metrics
 from serve_app.observation import Observation
 from serve_app.tracing import make_tracer
+
+_ONE_OF_MANY = (
+    b"# One replica's numbers, and the next scrape may reach another. Ray's metrics port of each node has all.\n"
+)
 
 
 def _listed(value: Any) -> Any:
@@ -48,7 +53,13 @@ class FrontArgs(BaseModel):
 
 
 def install(
-    api: FastAPI, args: FrontArgs, engine: Engine, metrics: Metrics, *, ledger: Ledger | None, behind_serve: bool
+    api: FastAPI,
+    args: FrontArgs,
+    engine: Engine,
+    metrics: Metrics,
+    *,
+    ledger: Ledger | None = None,
+    behind_serve: bool = False,
 ) -> None:
     """Put everything before `api`. `ledger` counts for all replicas; None counts in this process.
 
@@ -76,12 +87,22 @@ def install(
     audit = open_audit_log(args.audit_log) if args.audit_log else None
     api.add_middleware(Observation, metrics=metrics, audit=audit, tracer=make_tracer(), returns_id=not behind_serve)
     if args.metrics != "off":
-        _add_metrics_route(api, engine, metrics)
+        _add_metrics_route(api, engine, metrics, _ONE_OF_MANY if behind_serve else b"")
 
 
-def _add_metrics_route(api: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def check_files(args: FrontArgs) -> dict[str, str]:
+    """Absolute paths of the files that `args` names. StageError if one cannot be used: said once, before replicas
+    start."""
+    if args.api_keys:
+        read_keys(Path(args.api_keys), Limits())
+    if args.audit_log:
+        open_audit_log(args.audit_log)
+    return {name: str(Path(path).absolute()) for name in ("api_keys", "audit_log") if (path := getattr(args, name))}
+
+
+def _add_metrics_route(api: FastAPI, engine: Engine, metrics: Metrics, head: bytes) -> None:
     @api.get("/metrics", response_class=Response, include_in_schema=False)
     async def scrape() -> Response:
         """What this process measured, for Prometheus."""
         metrics.sample(engine.load)
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(head + metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

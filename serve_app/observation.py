@@ -96,4 +96,8 @@ class Observation:
 def route_of(scope: Scope) -> str:
     """The route's own path, without what stood in its place-holders; "other" where there is none: clients must not be
     able to make up label values."""
-    return str(getattr(scope.get("route"), "path", "other"))
+    if route := scope.get("route"):
+        return str(route.path)
+    # Turned away before it was looked for.
+    paths = {getattr(route, "path", "") for route in scope["app"].routes}
+    return scope["path"] if scope["path"] in paths else "other"

@@ -1,0 +1,351 @@
+"""Who is let in: keys and their file, limits, full servers, deadlines, browsers, and what is taken down of it all."""
+
+import asyncio
+import hashlib
+import json
+import stat
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from chatglm3 import load_tokenizer
+from chatglm3.engines import AdapterFolders, Delta, Engine, Load, Sampling
+from cluster.errors import StageError
+from serve_app import front, keys
+from serve_app.front import FrontArgs
+from serve_app.keys import KeyFile, Limits, add_key
+from serve_app.ledger import LocalLedger
+from serve_app.metering import MeteredEngine
+from serve_app.metrics import Metrics
+from serve_app.routes import make_api
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "机密的问题"}]}
+
+
+class Clockwork:
+    """An engine that answers "abc", a token a step, each after a while."""
+
+    context_length = 8192
+    healthy = True
+
+    def __init__(self, step_s: float = 0.0) -> None:
+        self.step_s = step_s
+        self.adapters = AdapterFolders()
+        self.running = 0
+        self.started = 0
+
+    @property
+    def load(self) -> Load:
+        return Load(
+            running=self.running, waiting=2, waiting_tokens=30, cache_use=0.25, prefix_hits=4, prefix_queries=10
+        )
+
+    async def prepare(self, sampling: Sampling) -> None:
+        pass
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        self.started += 1
+        self.running += 1
+        try:
+            for text in ("\n", "机", "密", ""):
+                await asyncio.sleep(self.step_s)
+                yield Delta(text, (5,), None if text else "stop")
+        finally:
+            self.running -= 1
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return tmp_path / "keys"
+
+
+def served(engine: Any, **args: Any) -> FastAPI:
+    """The whole API over an engine, as `args` want it guarded."""
+    settings, measured = FrontArgs(**args), Metrics("tiny")
+    metered: Engine = MeteredEngine(engine, measured, settings.max_prompt_tokens)
+    limits = {"max_body_bytes": settings.max_body_bytes, "max_prompt_tokens": settings.max_prompt_tokens}
+    api = make_api(metered, load_tokenizer("tiny"), "tiny", "chat", on_answer=measured.answered, **limits)
+    front.install(api, settings, metered, measured)
+    return api
+
+
+def run(api: FastAPI, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+    async def session() -> Any:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await work(client)
+
+    return asyncio.run(session())
+
+
+def ask(api: FastAPI, key: str | None = None, **fields: Any) -> httpx.Response:
+    return run(api, lambda client: client.post("/v1/chat/completions", json=CHAT | fields, headers=bearer(key)))
+
+
+def get(api: FastAPI, path: str, **headers: Any) -> httpx.Response:
+    return run(api, lambda client: client.get(path, headers=headers))
+
+
+def bearer(key: str | None) -> dict[str, bytes]:
+    return {"Authorization": f"Bearer {key}".encode("latin-1")} if key else {}
+
+
+def code_of(response: httpx.Response) -> tuple[int, str]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error["code"]
+
+
+# Keys
+
+
+def test_a_key_is_shown_once_and_only_its_hash_is_kept(key_file):
+    key = add_key(key_file, "alice", Limits(tokens_per_minute=100))
+    assert key.startswith("glm3-")
+    assert len(key) == 48
+    assert key_file.read_text() == f"alice {hashlib.sha256(key.encode()).hexdigest()} tokens_per_minute=100\n"
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+    other = add_key(key_file, "bob", Limits())
+    known = KeyFile(key_file, Limits(requests_per_minute=9))
+    assert (known.find(key).name, known.find(key).limits) == ("alice", Limits(9, 100))
+    assert (known.find(other).name, known.find(other).limits) == ("bob", Limits(9, 0))
+    assert known.find(key + "x") is None
+    with pytest.raises(StageError, match="has a key for alice already; remove its line first"):
+        add_key(key_file, "alice", Limits())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alice", "line 1 is not `NAME SHA256`; python -m serve_app keys add NAME writes such lines"),
+        ("# c\n\nalice secret", "line 3 is not `NAME SHA256`"),
+        (f"a {'0' * 64} fast", "line 1: 'fast' is no limit; use requests_per_minute=N or tokens_per_minute=N"),
+        (f"a {'0' * 64}\na {'1' * 64}", "names a twice; remove one of its lines"),
+        (None, r"cannot be read \(No such file or directory\); python -m serve_app keys add NAME --file .* makes one"),
+    ],
+)
+def test_a_wrong_file_is_refused_at_the_start_with_its_line(key_file, text, message):
+    if text is not None:
+        key_file.write_text(text)
+    with pytest.raises(StageError, match=message):
+        KeyFile(key_file, Limits())
+
+
+def test_the_file_is_read_again_when_it_changes_and_a_damaged_one_is_not(key_file, monkeypatch):
+    monkeypatch.setattr(keys, "CHECK_EVERY_S", 0.0)
+    alice = add_key(key_file, "alice", Limits())
+    known = KeyFile(key_file, Limits())
+    bob = add_key(key_file, "bob", Limits())
+    assert known.find(bob).name == "bob"
+    key_file.write_text("".join(line for line in key_file.read_text().splitlines(True) if "bob" in line))
+    assert known.find(alice) is None
+    key_file.write_text("???")
+    assert known.find(bob).name == "bob"
+    key_file.unlink()
+    assert known.find(bob).name == "bob"
+
+
+def test_without_a_valid_key_there_is_no_answer(key_file):
+    key = add_key(key_file, "alice", Limits())
+    engine = Clockwork()
+    api = served(engine, api_keys=str(key_file))
+    for wrong in (None, "x", key[:-1], f"{key} "[1:], "\xff"):
+        response = ask(api, wrong)
+        assert code_of(response) == (401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert engine.started == 0
+    assert ask(api, key).json()["choices"][0]["message"]["content"] == "机密"
+    assert run(api, lambda client: client.get("/v1/models", headers=bearer(key))).status_code == 200
+    assert get(api, "/v1/models").status_code == 401
+    assert get(api, "/v1/nothing").status_code == 401
+    assert get(api, "/healthz").status_code == 200
+
+
+def test_metrics_need_a_key_unless_they_are_open_or_off(key_file):
+    key = add_key(key_file, "prometheus", Limits(requests_per_minute=1))
+    guarded = served(Clockwork(), api_keys=str(key_file))
+    assert get(guarded, "/metrics").status_code == 401
+    for _ in range(3):  # reading uses up no limit
+        assert get(guarded, "/metrics", **bearer(key)).status_code == 200
+    assert get(served(Clockwork(), api_keys=str(key_file), metrics="open"), "/metrics").status_code == 200
+    assert get(served(Clockwork(), metrics="off"), "/metrics").status_code == 404
+    assert get(served(Clockwork()), "/metrics").status_code == 200
+
+
+# Limits
+
+
+def test_a_bucket_fills_up_within_a_minute():
+    now = 0.0
+    ledger = LocalLedger(clock=lambda: now)
+    limits = Limits(requests_per_minute=3, tokens_per_minute=60)
+
+    def admit(name: str = "a") -> Any:
+        return asyncio.run(ledger.admit(name, limits))
+
+    assert [admit().retry_after_s for _ in range(3)] == [0, 0, 0]
+    refused = admit()
+    assert (refused.exhausted, refused.retry_after_s) == ("requests", 20.0)
+    assert refused.headers == {
+        "retry-after": "20",
+        "x-ratelimit-limit-requests": "3",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "60.00s",
+        "x-ratelimit-limit-tokens": "60",
+        "x-ratelimit-remaining-tokens": "60",
+        "x-ratelimit-reset-tokens": "0.00s",
+    }
+    assert admit("b").retry_after_s == 0
+    now = 20.0
+    assert admit().retry_after_s == 0
+    asyncio.run(ledger.charge("a", limits, 90))
+    now = 45.0
+    assert (admit().exhausted, admit().retry_after_s) == ("tokens", 6.0)
+    now = 51.0
+    assert admit().retry_after_s == 0
+
+
+def test_requests_and_tokens_beyond_a_keys_limits_wait(key_file):
+    few = add_key(key_file, "few", Limits(requests_per_minute=2))
+    short = add_key(key_file, "short", Limits(tokens_per_minute=15))
+    free = add_key(key_file, "free", Limits())
+    api = served(Clockwork(), api_keys=str(key_file))
+    first = ask(api, few)
+    assert first.status_code == 200
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert ask(api, few).status_code == 200
+    refused = ask(api, few)
+    assert code_of(refused) == (429, "requests_per_minute_exceeded")
+    assert refused.headers["retry-after"] == "30"
+    used = ask(api, short, stream=True)
+    assert used.status_code == 200
+    assert code_of(ask(api, short)) == (429, "tokens_per_minute_exceeded")
+    assert [ask(api, free).status_code for _ in range(4)] == [200] * 4
+
+
+def test_tokens_of_an_answer_that_was_broken_off_count_too(key_file):
+    key = add_key(key_file, "a", Limits(tokens_per_minute=10))
+    api = served(Clockwork(step_s=0.2), api_keys=str(key_file), request_timeout_s=0.3)
+    assert ask(api, key, stream=True).text.endswith('"code": "timeout"}}\n\n')
+    assert code_of(ask(api, key)) == (429, "tokens_per_minute_exceeded")
+
+
+# Places and deadlines
+
+
+def test_beyond_its_places_a_server_refuses_at_once():
+    api = served(Clockwork(step_s=0.2), max_inflight=2)
+
+    async def three(client: httpx.AsyncClient) -> list[httpx.Response]:
+        two = [asyncio.create_task(client.post("/v1/chat/completions", json=CHAT)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        third = await client.post("/v1/chat/completions", json=CHAT)
+        assert time.monotonic() - started < 0.1
+        assert (await client.get("/healthz")).status_code == 200
+        return [third, *await asyncio.gather(*two), await client.post("/v1/chat/completions", json=CHAT)]
+
+    refused, *others = run(api, three)
+    assert code_of(refused) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "1"
+    assert [other.status_code for other in others] == [200, 200, 200]
+
+
+def test_a_request_ends_at_its_deadline_and_so_does_its_generation():
+    engine = Clockwork(step_s=0.2)
+    api = served(engine, request_timeout_s=0.5)
+    assert code_of(ask(api)) == (504, "timeout")
+    streamed = ask(api, stream=True)
+    assert streamed.status_code == 200
+    *pieces, last = [json.loads(event.removeprefix("data: ")) for event in streamed.text.split("\n\n") if event]
+    assert pieces[1]["choices"][0]["delta"]["content"] == "机"
+    assert last["error"]["code"] == "timeout"
+    assert (engine.started, engine.running) == (2, 0)
+
+
+def test_bodies_and_prompts_have_limits():
+    api = served(Clockwork(), max_body_bytes=1000, max_prompt_tokens=100)
+    assert code_of(ask(api, user="x" * 1000)) == (413, "body_too_large")
+    long = {"messages": [{"role": "user", "content": "很长 " * 60}]}
+    refused = ask(api, **long)
+    assert code_of(refused) == (400, "context_length_exceeded")
+    assert "tokens, and 100 are allowed here" in refused.json()["error"]["message"]
+    body = {"question": "？", "documents": ["一二三四五六七八九十" * 2 for _ in range(9)]}
+    answer = run(api, lambda client: client.post("/v1/answer", json=body)).json()
+    assert answer["usage"]["prompt_tokens"] <= 100
+    assert answer["omitted"]
+
+
+# Browsers
+
+
+def test_other_sites_may_ask_only_if_they_are_named(key_file):
+    key = add_key(key_file, "a", Limits())
+    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    named = served(Clockwork(), api_keys=str(key_file), cors_origins="https://a.example,https://b.example")
+
+    def options(api: FastAPI) -> httpx.Response:
+        return run(api, lambda client: client.options("/v1/chat/completions", headers=preflight))
+
+    assert options(named).status_code == 200
+    assert options(named).headers["access-control-allow-origin"] == "https://a.example"
+    assert "access-control-allow-origin" not in options(served(Clockwork(), api_keys=str(key_file))).headers
+    other = get(named, "/v1/models", origin="https://c.example", **bearer(key))
+    assert (other.status_code, "access-control-allow-origin" in other.headers) == (200, False)
+
+
+# What is taken down
+
+
+def test_the_audit_log_tells_everything_but_what_was_said(key_file, tmp_path):
+    key = add_key(key_file, "alice", Limits(requests_per_minute=2))
+    log = tmp_path / "audit.jsonl"
+    api = served(Clockwork(), api_keys=str(key_file), audit_log=str(log))
+    answer = ask(api, key)
+    ask(api, "wrong")
+    ask(api, key, stream=True)
+    ask(api, key)
+    get(api, "/somewhere/机密", **bearer(key))
+    text = log.read_text()
+    assert "机密" not in text
+    assert key not in text
+    entries = [json.loads(line) for line in text.splitlines()]
+    assert [(e["key"], e["route"], e["status"], e["rejected"]) for e in entries] == [
+        ("alice", "/v1/chat/completions", 200, ""),
+        ("", "/v1/chat/completions", 401, "invalid_api_key"),
+        ("alice", "/v1/chat/completions", 200, ""),
+        ("alice", "/v1/chat/completions", 429, "requests_per_minute_exceeded"),
+        ("alice", "other", 404, ""),
+    ]
+    assert entries[0]["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert [e["completion_tokens"] for e in entries] == [4, 0, 4, 0, 0]
+    assert [e["finish_reason"] for e in entries] == ["stop", "", "stop", "", ""]
+    assert entries[0]["id"] == answer.headers["x-request-id"]
+    assert entries[0]["time"].endswith("+00:00")
+
+
+def test_an_audit_log_that_was_moved_away_is_begun_again(tmp_path):
+    log = tmp_path / "audit.jsonl"
+    api = served(Clockwork(), audit_log=str(log))
+    ask(api)
+    log.rename(tmp_path / "audit.1")
+    ask(api)
+    assert len(log.read_text().splitlines()) == len((tmp_path / "audit.1").read_text().splitlines()) == 1
+    with pytest.raises(StageError, match=r"audit_log /nowhere/log cannot be written"):
+        front.check_files(FrontArgs(audit_log="/nowhere/log"))
+
+
+def test_a_request_id_is_taken_over_or_made():
+    api = served(Clockwork())
+    assert get(api, "/healthz", **{"X-Request-Id": "abc-1:2"}).headers["x-request-id"] == "abc-1:2"
+    made = get(api, "/healthz", **{"X-Request-Id": "a b\t"}).headers["x-request-id"]
+    assert len(made) == 32
+    assert get(api, "/healthz").headers["x-request-id"] != made
