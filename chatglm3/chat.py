@@ -69,13 +69,18 @@ def example_ids(
     return prompt + answer, [IGNORED] * len(prompt) + answer
 
 
-def question_ids(tokenizer: ChatGlmTokenizer, messages: Sequence[Message], prompt_format: PromptFormat) -> list[int]:
-    """What a model that was tuned in `prompt_format` is asked with.
+def question_ids(
+    tokenizer: ChatGlmTokenizer,
+    messages: Sequence[Message],
+    prompt_format: PromptFormat,
+    tools: Sequence[Any] | None = None,
+) -> list[int]:
+    """What a model that was tuned in `prompt_format` is asked with; only in the chat format it is told of `tools`.
 
     ModelError if the format is "bare" and there is anything but one user message: it has no roles.
     """
     if prompt_format == "chat":
-        return prompt_ids(tokenizer, messages)
+        return prompt_ids(tokenizer, messages, tools)
     if len(messages) != 1 or messages[0].get("role") != "user":
         raise ModelError("prompt_format bare takes one user message, without history: tune with prompt_format chat")
     return tokenizer.prefix_ids + tokenizer.encode(_content(messages[0]))

@@ -1,97 +1,109 @@
-"""An engine's stream as OpenAI's chat completion: one object, or server-sent events."""
+"""Answers of an engine in OpenAI's shapes: one object, or server-sent events; one choice or several at a time."""
 
-import json
+import asyncio
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from chatglm3.engines import Delta, EngineError, FinishReason
-from chatglm3.reply import ReplyStream
-from chatglm3.stream import StopTexts
+from chatglm3.engines import Delta, EngineError
+from serve_app.chat_schema import ChatCompletion
+from serve_app.completion_schema import Completion
 from serve_app.errors import api_error
-from serve_app.schema import AnswerMessage, ChatCompletion, Choice, Usage
+from serve_app.schema import Usage
 
 log = logging.getLogger(__name__)
 
+Body = TypeVar("Body", bound=ChatCompletion | Completion)
+Json = dict[str, Any]
 
-class Answer:
-    """One answer on its way, to be read once: whole, or as events. Closing the read cancels the generation."""
+
+class Choice(Protocol):
+    """One of an answer's choices while it is written."""
+
+    is_over: bool
+    """Whether it has its finish reason; what the engine still has is not wanted."""
+
+    def opening(self) -> list[Json]:
+        """Its parts of a stream that come before the first token."""
+
+    def push(self, delta: Delta) -> list[Json]:
+        """Take a piece in: the parts of a stream that it makes."""
+
+    def whole(self) -> Any:
+        """The choice as one object, when it is over."""
+
+
+class Answer(Generic[Body]):
+    """Choices on their way, to be read once: whole, or as events. Closing the read cancels the generation."""
 
     def __init__(
         self,
-        deltas: AsyncGenerator[Delta, None],
-        reply: ReplyStream | None,
-        stop: Sequence[str],
+        kind: type[Body],
         model: str,
         prompt_tokens: int,
+        choices: Sequence[tuple[Choice, AsyncGenerator[Delta, None]]],
     ) -> None:
-        """`reply` takes ChatGLM3's metadata off; None leaves text as it is. `stop` ends what the client sees."""
-        self._deltas = deltas
-        self._reply = reply
-        # Not the engine's own stop texts, which see ChatGLM3's metadata line: "\\n" would end every reply there.
-        self._stop = StopTexts(stop)
+        self._kind: type[Body] = kind
+        self._choices = choices
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        prefix = "chatcmpl" if kind is ChatCompletion else "cmpl"
+        self._head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    async def whole(self) -> ChatCompletion:
+    async def whole(self) -> Body:
         """The answer as one object."""
-        content = ""
-        async with aclosing(self._pieces()) as pieces:
-            async for text, finish_reason in pieces:
-                content += text
-                if finish_reason:
-                    choice = Choice(message=AnswerMessage(content=content), finish_reason=finish_reason)
-                    return ChatCompletion(**self._head, choices=[choice], usage=self._usage())
-        raise EngineError("the answer ended without a finish reason")
+        async with aclosing(self._parts()) as parts:
+            async for _ in parts:
+                pass
+        return self._kind(**self._head, choices=[choice.whole() for choice, _ in self._choices], usage=self._usage())
 
     async def events(self, include_usage: bool) -> AsyncGenerator[str, None]:
         """The answer as server-sent events. A failure on the way becomes an event too, and ends the stream."""
+        kind = "chat.completion.chunk" if self._kind is ChatCompletion else "text_completion"
+        head = {**self._head, "object": kind}
         usage = {"usage": None} if include_usage else {}
-        yield self._chunk({"role": "assistant", "content": ""}, None, usage)
+        for choice, _ in self._choices:
+            for part in choice.opening():
+                yield event({**head, "choices": [part], **usage})
         try:
-            async with aclosing(self._pieces()) as pieces:
-                async for text, finish_reason in pieces:
-                    if text:
-                        yield self._chunk({"content": text}, None, usage)
-                    if finish_reason:
-                        yield self._chunk({}, finish_reason, usage)
+            async with aclosing(self._parts()) as parts:
+                async for part in parts:
+                    yield event({**head, "choices": [part], **usage})
         except Exception as error:
             log.exception("answer %s broke off", self._head["id"])
-            yield _event(api_error(error).body)
+            yield event(api_error(error).body)
             return
         if include_usage:
-            yield _event({**self._chunk_head(), "choices": [], "usage": self._usage().model_dump()})
+            yield event({**head, "choices": [], "usage": self._usage().model_dump()})
         yield "data: [DONE]\n\n"
 
-    async def _pieces(self) -> AsyncGenerator[tuple[str, FinishReason | None], None]:
-        async with aclosing(self._deltas) as deltas:
+    async def _parts(self) -> AsyncGenerator[Json, None]:
+        """Parts of all choices, as they come."""
+        streams = [self._written(choice, deltas) for choice, deltas in self._choices]
+        async with aclosing(_merged(streams) if len(streams) > 1 else streams[0]) as parts:
+            async for part in parts:
+                yield part
+
+    async def _written(self, choice: Choice, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Json, None]:
+        async with aclosing(deltas):
             async for delta in deltas:
                 self._completion_tokens += len(delta.token_ids)
-                text = delta.text
-                if self._reply is not None:
-                    text = self._reply.push(text) + (self._reply.finish() if delta.finish_reason else "")
-                text = self._stop.push(text, is_last=delta.finish_reason is not None)
-                yield text, "stop" if self._stop.found else delta.finish_reason
-                if self._stop.found:
+                for part in choice.push(delta):
+                    yield part
+                if choice.is_over:
                     return
+        raise EngineError("the answer ended without a finish reason")
 
     def _usage(self) -> Usage:
         read, written = self._prompt_tokens, self._completion_tokens
         return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-
-    def _chunk_head(self) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk"}
-
-    def _chunk(self, delta: dict[str, str], finish_reason: FinishReason | None, usage: dict[str, None]) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return _event({**self._chunk_head(), "choices": [choice], **usage})
 
 
 class EventStream(StreamingResponse):
@@ -106,5 +118,37 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(content: Json) -> str:
+    """A server-sent event."""
+    return f"data: {orjson.dumps(content).decode()}\n\n"
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Json, None]]) -> AsyncGenerator[Json, None]:
+    """What comes from any of the streams, as it comes; the first failure ends all."""
+    queue: asyncio.Queue[Json | Exception | None] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(stream: AsyncGenerator[Json, None]) -> None:
+        end = None
+        try:
+            async with aclosing(stream):
+                async for part in stream:
+                    await queue.put(part)
+        except Exception as error:
+            end = error
+        await queue.put(end)
+
+    pumps = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        running = len(pumps)
+        while running:
+            match await queue.get():
+                case None:
+                    running -= 1
+                case Exception() as error:
+                    raise error
+                case part:
+                    yield part
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -8,8 +8,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from chatglm3.engines import EngineError, PromptTooLong, RequestError
+from chatglm3.engines import EngineError, PromptTooLong, RequestError, UnknownAdapter, UnusableAdapter
 from chatglm3.errors import ModelError
+
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+"""For the specification: a route whose answer may also be a stream of events."""
 
 
 class ApiError(HTTPException):
@@ -46,6 +49,10 @@ def api_error(error: Exception) -> ApiError:
             return _validation_error(error.errors()[0])
         case PromptTooLong():
             return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        case UnknownAdapter():
+            return ApiError(404, str(error), param="model", code="model_not_found")
+        case UnusableAdapter():
+            return ApiError(404, str(error), param="model", code="model_not_usable")
         case RequestError() | ModelError():
             return ApiError(400, str(error))
         case EngineError():

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from chatglm3 import load_model, load_tokenizer, prompt_ids
-from chatglm3.engines import Delta, EngineError, Sampling, complete
+from chatglm3.engines import AdapterFolders, Delta, EngineError, Load, Sampling, complete
 from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.reply import parse_reply
 from chatglm3.tokenizer import ChatGlmTokenizer
@@ -178,12 +178,13 @@ def test_the_model_is_listed_under_its_name(client):
 
 def test_the_specification_says_what_is_taken(url):
     schemas = httpx.get(f"{url}/openapi.json").json()["components"]["schemas"]
-    assert [kind["type"] for kind in schemas["Message"]["properties"]["content"]["anyOf"]] == ["string", "array"]
+    assert [kind["type"] for kind in schemas["Message"]["properties"]["content"]["anyOf"]] == ["string", "array", "null"]
     assert schemas["ChatRequest"]["additionalProperties"] is False
 
 
 WRONG_FIELDS = [
-    ({"tools": []}, "tools", "unknown_parameter"),
+    ({"tools": []}, "tools", "invalid_value"),
+    ({"functions": []}, "functions", "unknown_parameter"),
     ({"\ud800": 1}, None, "invalid_value"),
     ({"stream_options": {"include": True}, "stream": True}, "stream_options.include", "unknown_parameter"),
     ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name", "unknown_parameter"),
@@ -197,7 +198,7 @@ WRONG_FIELDS = [
     ({"top_p": 0}, "top_p", "invalid_value"),
     ({"seed": 10**40}, "seed", "invalid_value"),
     ({"seed": 1.5}, "seed", "invalid_value"),
-    ({"n": 2}, "n", "invalid_value"),
+    ({"n": 33}, "n", "invalid_value"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
     ({"stop": ["a", ""]}, "stop.1", "invalid_value"),
     ({"stop": 5}, "stop", "invalid_value"),
@@ -206,7 +207,7 @@ WRONG_FIELDS = [
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": "hi"}, "messages", "invalid_value"),
     ({"messages": [{"role": "root", "content": "x"}]}, "messages.0.role", "invalid_value"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_value"),
+    ({"messages": [{"role": "user"}]}, "messages.0", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "invalid_value"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None, None),
     ({"max_tokens": 10**6}, "messages", "context_length_exceeded"),
@@ -307,6 +308,11 @@ class FailingEngine:
 
     context_length = 100
     healthy = True
+    adapters = AdapterFolders()
+    load = Load(running=0, waiting=0, waiting_tokens=0, cache_use=0.0)
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """Nothing takes time."""
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         yield Delta("\n天", (1,))

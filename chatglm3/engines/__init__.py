@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from chatglm3.engines.adapter_folders import AdapterFolders
 from chatglm3.engines.guide import Guide
-from chatglm3.engines.request_errors import PromptTooLong, RequestError, UnknownAdapter
+from chatglm3.engines.request_errors import PromptTooLong, RequestError, UnknownAdapter, UnusableAdapter
 from chatglm3.errors import ModelError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Sampling",
     "TokenLogprob",
     "UnknownAdapter",
+    "UnusableAdapter",
     "complete",
     "load_engine",
 ]
@@ -170,8 +171,8 @@ class Engine(Protocol):
     async def prepare(self, sampling: Sampling) -> None:
         """Do what takes time before an answer: load the adapter, compile the guide. `generate` does it too.
 
-        RequestError if the guide cannot be followed, UnknownAdapter if there is no adapter of that name, ModelError
-        if its folder cannot be used. In `generate` the iterator raises them.
+        RequestError if the guide cannot be followed, UnknownAdapter if there is no adapter of that name,
+        UnusableAdapter if its folder cannot be used. In `generate` the iterator raises them.
         """
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:

@@ -32,6 +32,8 @@ class Guide:
     def __post_init__(self) -> None:
         if len(self.text) > MAX_TEXT:
             raise RequestError(f"a {self.kind} has at most {MAX_TEXT} characters, not {len(self.text)}")
+        if any("\ud800" <= character <= "\udfff" for character in self.text):
+            raise RequestError(f"the {self.kind} is not valid Unicode: remove lone surrogates")
 
     def lark(self) -> str:
         """The whole answer in llguidance's Lark dialect, `after` and the spaces that the tokenizer adds included."""

@@ -1,5 +1,7 @@
 """What a request is refused with before an engine sees it."""
 
+from chatglm3.errors import ModelError
+
 
 class RequestError(ValueError):
     """This request cannot be answered by any engine of this model; the message says why, with the numbers."""
@@ -11,3 +13,7 @@ class PromptTooLong(RequestError):
 
 class UnknownAdapter(RequestError):
     """There is no adapter of that name."""
+
+
+class UnusableAdapter(ModelError):
+    """The adapter's folder is damaged, or of another model."""

@@ -1,0 +1,158 @@
+"""POST /v1/chat/completions."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from chatglm3.chat import PromptFormat, question_ids
+from chatglm3.engines import Delta, Engine, FinishReason
+from chatglm3.reply import ReplyStream, ToolCall
+from chatglm3.stream import StopTexts
+from chatglm3.tokenizer import ChatGlmTokenizer
+from serve_app import chat_schema
+from serve_app.answers import Answer, EventStream, Json
+from serve_app.chat_schema import AnsweredTool, AnswerMessage, ChatCompletion, ChatFinish, ChatRequest, ChoiceLogprobs
+from serve_app.disconnect import unless_gone
+from serve_app.errors import STREAMS, ApiError
+from serve_app.logprobs import content_logprob, token_bytes
+from serve_app.models import Models
+from serve_app.requests import chat_guide, chatglm3_messages, chatglm3_tools, samplings
+
+DEFAULT_MAX_TOKENS = 512
+
+
+def add_route(
+    api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models: Models, prompt_format: PromptFormat
+) -> None:
+    """Give `api` the route, to a model that is asked in `prompt_format`."""
+    is_chat = prompt_format == "chat"
+
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMS)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response | ChatCompletion:
+        """Answer the last message of a conversation."""
+        adapter = models.adapter(body.model)
+        tools = chatglm3_tools(body)
+        if tools and not is_chat:
+            raise ApiError(400, "this model knows no tools: it was tuned without roles", param="tools")
+        messages = chatglm3_messages(body.messages)
+        prompt_ids = await run_in_threadpool(question_ids, tokenizer, messages, prompt_format, tools)
+        room = engine.context_length - len(prompt_ids)
+        asked = samplings(
+            body,
+            max_tokens=body.max_tokens or body.max_completion_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            guide=await run_in_threadpool(chat_guide, body, tools, is_chat),
+            adapter=adapter,
+        )
+        await engine.prepare(asked[0])
+        choices = []
+        for index, sampling in enumerate(asked):
+            choice = ChatChoice(index, tokenizer, is_chat, tools, body.stop or (), has_logprobs=bool(body.logprobs))
+            choices.append((choice, engine.generate(prompt_ids, sampling)))
+        answer = Answer(ChatCompletion, body.model, len(prompt_ids), choices)
+        if body.stream:
+            return EventStream(answer.events(body.stream_options is not None and body.stream_options.include_usage))
+        return await unless_gone(request, answer.whole())
+
+
+class ChatChoice:
+    """One choice of a chat completion while it is written."""
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: ChatGlmTokenizer,
+        is_chat: bool,
+        tools: Sequence[Any] | None,
+        stop: Sequence[str],
+        *,
+        has_logprobs: bool,
+    ) -> None:
+        """`is_chat`: ChatGLM3's metadata comes first, and is taken off. `stop` ends what the client sees."""
+        self.is_over = False
+        self._index = index
+        self._tokenizer = tokenizer
+        self._reply = ReplyStream(tools) if is_chat else None
+        # Not the engine's own stop texts, which see ChatGLM3's metadata line: "\n" would end every reply there.
+        self._stop = StopTexts(stop)
+        self._content = ""
+        self._calls: list[AnsweredTool] = []
+        self._finish_reason: ChatFinish = "stop"
+        self._logprobs = ChoiceLogprobs(content=[]) if has_logprobs else None
+        self._in_metadata = is_chat
+
+    def opening(self) -> list[Json]:
+        """The role, as OpenAI sends it first."""
+        return [self._part({"role": "assistant", "content": ""})]
+
+    def push(self, delta: Delta) -> list[Json]:
+        """Take a piece in: the parts of a stream that it makes."""
+        text, is_last = delta.text, delta.finish_reason is not None
+        if self._reply is not None:
+            text = self._reply.push(text) + (self._reply.finish() if is_last else "")
+        text = self._stop.push(text, is_last)
+        self._content += text
+        parts = self._text_parts(text, delta) + self._call_parts()
+        if finish_reason := "stop" if self._stop.found else delta.finish_reason:
+            self.is_over = True
+            self._finish_reason = self._chat_finish(finish_reason)
+            parts.append(self._part({}, finish_reason=self._finish_reason))
+        return parts
+
+    def whole(self) -> chat_schema.Choice:
+        """The choice as one object."""
+        content = None if self._calls and not self._content else self._content
+        return chat_schema.Choice(
+            index=self._index,
+            message=AnswerMessage(content=content, tool_calls=self._calls or None),
+            logprobs=self._logprobs,
+            finish_reason=self._finish_reason,
+        )
+
+    def _text_parts(self, text: str, delta: Delta) -> list[Json]:
+        if self._logprobs is None:
+            return [self._part({"content": text})] if text else []
+        found = [
+            content_logprob(self._tokenizer, token)
+            for token in delta.logprobs
+            if token.token_id not in self._tokenizer.stop_ids and self._is_content(token.token_id)
+        ]
+        self._logprobs.content.extend(found)
+        if not text and not found:
+            return []
+        return [self._part({"content": text}, logprobs=ChoiceLogprobs(content=found).model_dump())]
+
+    def _is_content(self, token_id: int) -> bool:
+        """Whether the token comes after the metadata line."""
+        was_metadata = self._in_metadata
+        self._in_metadata = was_metadata and b"\n" not in token_bytes(self._tokenizer, token_id)
+        return not was_metadata
+
+    def _call_parts(self) -> list[Json]:
+        """Calls that have come to their end since the last time: first the name, then the arguments."""
+        parts = []
+        for call in self._reply.tool_calls[len(self._calls) :] if self._reply else ():
+            index, answered = len(self._calls), _answered(call)
+            self._calls.append(answered)
+            head = answered.model_dump()
+            head["function"]["arguments"] = ""
+            parts.append(self._part({"tool_calls": [{"index": index, **head}]}))
+            arguments = {"arguments": answered.function.arguments}
+            parts.append(self._part({"tool_calls": [{"index": index, "function": arguments}]}))
+        return parts
+
+    def _chat_finish(self, finish_reason: FinishReason) -> ChatFinish:
+        return "tool_calls" if self._calls and finish_reason == "stop" else finish_reason
+
+    def _part(self, delta: Json, **fields: Any) -> Json:
+        return {"index": self._index, "delta": delta, "finish_reason": None, **fields}
+
+
+def _answered(call: ToolCall) -> AnsweredTool:
+    arguments = json.dumps(call["parameters"], ensure_ascii=False)
+    function = chat_schema.AnsweredFunction(name=call["name"], arguments=arguments)
+    return AnsweredTool(id=f"call_{uuid.uuid4().hex}", function=function)
