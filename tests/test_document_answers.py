@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import unicodedata
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from chatglm3 import load_tokenizer
 from chatglm3.answer_stream import AnswerStream
 from chatglm3.chat import prompt_ids, question_ids
 from chatglm3.documents import REFUSAL, cited_answer, documents_prompt, format_digest, parse_answer, seed_prompt
-from chatglm3.engines import AdapterFolders, Delta, Engine, EngineError, Load, Sampling, load_engine
+from chatglm3.engines import Engine, load_engine
 from chatglm3.errors import ModelError
 from chatglm3.fitting import Part, fit_documents
 from chatglm3.quotations import Quotation, find_answer, find_quotation
@@ -26,43 +26,11 @@ from chatglm3.windows import sentences
 from serve_app.answer_schema import AnswerRequest, Cut
 from serve_app.document_answers import Reader, cite, document_style, fit_report
 from serve_app.routes import make_api
+from tests.clockwork import Clockwork
 
 SKY = "天空是蓝色的。海洋也是蓝色的。"
 GRASS = "草地是绿色的。到了秋天，草地会变成黄色。"
 ROSES = "玫瑰大多是红色的。"
-
-
-class Reciter:
-    """An engine that answers every prompt with one text, a character a delta: what a tuned model might write."""
-
-    def __init__(self, text: str, tokenizer: ChatGlmTokenizer, context_length: int = 8192) -> None:
-        self.text = text
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.adapters = AdapterFolders()
-        self.asked: list[list[int]] = []
-
-    @property
-    def healthy(self) -> bool:
-        return True
-
-    @property
-    def load(self) -> Load:
-        return Load(0, 0, 0, 0.0)
-
-    async def prepare(self, sampling: Sampling) -> None:
-        pass
-
-    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        self.asked.append(prompt_ids)
-        for character in f"\n{self.text}":
-            if character == "💥":
-                raise EngineError("the engine has died")
-            yield Delta(character, (5,))
-        yield Delta("", (2,), "stop")
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +58,7 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 def test_a_citation_is_the_callers_document_and_the_place_of_the_quote(tokenizer):
-    engine = Reciter(cited_answer("黄色", 2, "到了秋天，草地会变成黄色。"), tokenizer)
+    engine = Clockwork(cited_answer("黄色", 2, "到了秋天，草地会变成黄色。"))
     documents = [SKY, {"id": "g-1", "title": "草地", "text": GRASS}, ROSES]
     answer = post(engine, tokenizer, {"question": "秋天的草地是什么颜色？", "documents": documents}).json()
     assert answer["answer"] == "黄色"
@@ -112,14 +80,14 @@ def test_a_citation_is_the_callers_document_and_the_place_of_the_quote(tokenizer
 
 
 def test_the_prompt_is_the_one_of_training(tokenizer):
-    engine = Reciter("x", tokenizer)
+    engine = Clockwork("x")
     post(engine, tokenizer, {"question": "什么颜色？", "documents": [SKY, {"title": "草", "text": GRASS}]})
     message = {"role": "user", "content": documents_prompt([SKY, f"草\n{GRASS}"], "什么颜色？")}
     assert engine.asked == [prompt_ids(tokenizer, [message])]
 
 
 def test_a_model_of_the_seed_preset_is_asked_with_its_own_prompt_of_the_likeliest_document(tokenizer):
-    engine = Reciter("红色", tokenizer)
+    engine = Clockwork("红色")
     body = {"question": "玫瑰是什么颜色？", "documents": [SKY, ROSES, GRASS]}
     answer = post(engine, tokenizer, body, style="single").json()
     message = {"role": "user", "content": seed_prompt(ROSES, "玫瑰是什么颜色？")}
@@ -128,12 +96,12 @@ def test_a_model_of_the_seed_preset_is_asked_with_its_own_prompt_of_the_likelies
 
 
 def test_a_refusal_is_told_apart(tokenizer):
-    answer = post(Reciter(REFUSAL, tokenizer), tokenizer, {"question": "几点？", "documents": [SKY]}).json()
+    answer = post(Clockwork(REFUSAL), tokenizer, {"question": "几点？", "documents": [SKY]}).json()
     assert (answer["refused"], answer["answer"], answer["citations"]) == (True, REFUSAL, [])
 
 
 def test_a_stream_is_the_quote_the_answer_and_then_everything(tokenizer):
-    engine = Reciter(cited_answer("蓝色", 1, "天空是蓝色的。"), tokenizer)
+    engine = Clockwork(cited_answer("蓝色", 1, "天空是蓝色的。"))
     body = {"question": "天空？", "documents": [SKY]}
     start, *pieces, done = events(post(engine, tokenizer, body | {"stream": True}))
     assert (start["type"], start["omitted"], start["cut"]) == ("start", [], [])
@@ -148,7 +116,7 @@ def test_a_stream_is_the_quote_the_answer_and_then_everything(tokenizer):
 
 
 def test_a_failure_within_a_stream_is_its_last_event(tokenizer):
-    response = post(Reciter("天💥", tokenizer), tokenizer, {"question": "?", "documents": ["x"], "stream": True})
+    response = post(Clockwork("天💥"), tokenizer, {"question": "?", "documents": ["x"], "stream": True})
     last = json.loads(response.text.split("\n\n")[-2].removeprefix("data: "))
     assert last["error"]["code"] == "engine_error"
     assert "[DONE]" not in response.text
@@ -168,12 +136,12 @@ def test_a_failure_within_a_stream_is_its_last_event(tokenizer):
     ],
 )
 def test_a_wrong_field_is_named(tokenizer, fields, param):
-    response = post(Reciter("x", tokenizer), tokenizer, {"question": "?", "documents": ["x"]} | fields)
+    response = post(Clockwork("x"), tokenizer, {"question": "?", "documents": ["x"]} | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 def test_a_question_that_leaves_no_room_is_refused_with_the_numbers(tokenizer):
-    engine = Reciter("x", tokenizer, context_length=100)
+    engine = Clockwork("x", context_length=100)
     response = post(engine, tokenizer, {"question": "谁？" * 100, "documents": [SKY]})
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert "of the 75 tokens of a prompt" in response.json()["error"]["message"]
@@ -226,7 +194,7 @@ def test_a_document_that_is_too_long_is_cut_around_the_best_passage(tokenizer):
 
 
 def test_what_was_not_shown_is_reported(tokenizer):
-    engine = Reciter(cited_answer("红色", 1, "玫瑰大多是红色的。"), tokenizer, context_length=250)
+    engine = Clockwork(cited_answer("红色", 1, "玫瑰大多是红色的。"), context_length=250)
     documents = [*fillers(10), ROSES]
     answer = post(engine, tokenizer, {"question": "玫瑰是什么颜色？", "documents": documents, "max_tokens": 20}).json()
     shown = set(range(11)) - set(answer["omitted"])

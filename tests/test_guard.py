@@ -5,7 +5,7 @@ import hashlib
 import json
 import stat
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from chatglm3 import load_tokenizer
-from chatglm3.engines import AdapterFolders, Delta, Engine, Load, Sampling
+from chatglm3.engines import Engine
 from cluster.errors import StageError
 from serve_app import front, keys
 from serve_app.front import FrontArgs
@@ -23,43 +23,13 @@ from serve_app.ledger import LocalLedger
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.routes import make_api
+from tests.clockwork import Clockwork
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "机密的问题"}]}
 
 
-class Clockwork:
-    """An engine that answers "abc", a token a step, each after a while."""
-
-    context_length = 8192
-    healthy = True
-
-    def __init__(self, step_s: float = 0.0) -> None:
-        self.step_s = step_s
-        self.adapters = AdapterFolders()
-        self.running = 0
-        self.started = 0
-
-    @property
-    def load(self) -> Load:
-        return Load(
-            running=self.running, waiting=2, waiting_tokens=30, cache_use=0.25, prefix_hits=4, prefix_queries=10
-        )
-
-    async def prepare(self, sampling: Sampling) -> None:
-        pass
-
-    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        self.started += 1
-        self.running += 1
-        try:
-            for text in ("\n", "机", "密", ""):
-                await asyncio.sleep(self.step_s)
-                yield Delta(text, (5,), None if text else "stop")
-        finally:
-            self.running -= 1
-
-    def close(self) -> None:
-        pass
+def clockwork(step_s: float = 0.0) -> Clockwork:
+    return Clockwork("机密", step_s)
 
 
 @pytest.fixture
@@ -155,13 +125,13 @@ def test_the_file_is_read_again_when_it_changes_and_a_damaged_one_is_not(key_fil
 
 def test_without_a_valid_key_there_is_no_answer(key_file):
     key = add_key(key_file, "alice", Limits())
-    engine = Clockwork()
+    engine = clockwork()
     api = served(engine, api_keys=str(key_file))
     for wrong in (None, "x", key[:-1], f"{key} "[1:], "\xff"):
         response = ask(api, wrong)
         assert code_of(response) == (401, "invalid_api_key")
         assert response.headers["www-authenticate"] == "Bearer"
-    assert engine.started == 0
+    assert engine.asked == []
     assert ask(api, key).json()["choices"][0]["message"]["content"] == "机密"
     assert run(api, lambda client: client.get("/v1/models", headers=bearer(key))).status_code == 200
     assert get(api, "/v1/models").status_code == 401
@@ -171,13 +141,13 @@ def test_without_a_valid_key_there_is_no_answer(key_file):
 
 def test_metrics_need_a_key_unless_they_are_open_or_off(key_file):
     key = add_key(key_file, "prometheus", Limits(requests_per_minute=1))
-    guarded = served(Clockwork(), api_keys=str(key_file))
+    guarded = served(clockwork(), api_keys=str(key_file))
     assert get(guarded, "/metrics").status_code == 401
     for _ in range(3):  # reading uses up no limit
         assert get(guarded, "/metrics", **bearer(key)).status_code == 200
-    assert get(served(Clockwork(), api_keys=str(key_file), metrics="open"), "/metrics").status_code == 200
-    assert get(served(Clockwork(), metrics="off"), "/metrics").status_code == 404
-    assert get(served(Clockwork()), "/metrics").status_code == 200
+    assert get(served(clockwork(), api_keys=str(key_file), metrics="open"), "/metrics").status_code == 200
+    assert get(served(clockwork(), metrics="off"), "/metrics").status_code == 404
+    assert get(served(clockwork()), "/metrics").status_code == 200
 
 
 # Limits
@@ -217,7 +187,7 @@ def test_requests_and_tokens_beyond_a_keys_limits_wait(key_file):
     few = add_key(key_file, "few", Limits(requests_per_minute=2))
     short = add_key(key_file, "short", Limits(tokens_per_minute=15))
     free = add_key(key_file, "free", Limits())
-    api = served(Clockwork(), api_keys=str(key_file))
+    api = served(clockwork(), api_keys=str(key_file))
     first = ask(api, few)
     assert first.status_code == 200
     assert first.headers["x-ratelimit-remaining-requests"] == "1"
@@ -233,7 +203,7 @@ def test_requests_and_tokens_beyond_a_keys_limits_wait(key_file):
 
 def test_tokens_of_an_answer_that_was_broken_off_count_too(key_file):
     key = add_key(key_file, "a", Limits(tokens_per_minute=10))
-    api = served(Clockwork(step_s=0.2), api_keys=str(key_file), request_timeout_s=0.3)
+    api = served(clockwork(step_s=0.2), api_keys=str(key_file), request_timeout_s=0.3)
     assert ask(api, key, stream=True).text.endswith('"code": "timeout"}}\n\n')
     assert code_of(ask(api, key)) == (429, "tokens_per_minute_exceeded")
 
@@ -242,7 +212,7 @@ def test_tokens_of_an_answer_that_was_broken_off_count_too(key_file):
 
 
 def test_beyond_its_places_a_server_refuses_at_once():
-    api = served(Clockwork(step_s=0.2), max_inflight=2)
+    api = served(clockwork(step_s=0.2), max_inflight=2)
 
     async def three(client: httpx.AsyncClient) -> list[httpx.Response]:
         two = [asyncio.create_task(client.post("/v1/chat/completions", json=CHAT)) for _ in range(2)]
@@ -260,7 +230,7 @@ def test_beyond_its_places_a_server_refuses_at_once():
 
 
 def test_a_request_ends_at_its_deadline_and_so_does_its_generation():
-    engine = Clockwork(step_s=0.2)
+    engine = clockwork(step_s=0.2)
     api = served(engine, request_timeout_s=0.5)
     assert code_of(ask(api)) == (504, "timeout")
     streamed = ask(api, stream=True)
@@ -268,11 +238,11 @@ def test_a_request_ends_at_its_deadline_and_so_does_its_generation():
     *pieces, last = [json.loads(event.removeprefix("data: ")) for event in streamed.text.split("\n\n") if event]
     assert pieces[1]["choices"][0]["delta"]["content"] == "机"
     assert last["error"]["code"] == "timeout"
-    assert (engine.started, engine.running) == (2, 0)
+    assert (len(engine.asked), engine.running) == (2, 0)
 
 
 def test_bodies_and_prompts_have_limits():
-    api = served(Clockwork(), max_body_bytes=1000, max_prompt_tokens=100)
+    api = served(clockwork(), max_body_bytes=1000, max_prompt_tokens=100)
     assert code_of(ask(api, user="x" * 1000)) == (413, "body_too_large")
     long = {"messages": [{"role": "user", "content": "很长 " * 60}]}
     refused = ask(api, **long)
@@ -290,14 +260,14 @@ def test_bodies_and_prompts_have_limits():
 def test_other_sites_may_ask_only_if_they_are_named(key_file):
     key = add_key(key_file, "a", Limits())
     preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    named = served(Clockwork(), api_keys=str(key_file), cors_origins="https://a.example,https://b.example")
+    named = served(clockwork(), api_keys=str(key_file), cors_origins="https://a.example,https://b.example")
 
     def options(api: FastAPI) -> httpx.Response:
         return run(api, lambda client: client.options("/v1/chat/completions", headers=preflight))
 
     assert options(named).status_code == 200
     assert options(named).headers["access-control-allow-origin"] == "https://a.example"
-    assert "access-control-allow-origin" not in options(served(Clockwork(), api_keys=str(key_file))).headers
+    assert "access-control-allow-origin" not in options(served(clockwork(), api_keys=str(key_file))).headers
     other = get(named, "/v1/models", origin="https://c.example", **bearer(key))
     assert (other.status_code, "access-control-allow-origin" in other.headers) == (200, False)
 
@@ -308,7 +278,7 @@ def test_other_sites_may_ask_only_if_they_are_named(key_file):
 def test_the_audit_log_tells_everything_but_what_was_said(key_file, tmp_path):
     key = add_key(key_file, "alice", Limits(requests_per_minute=2))
     log = tmp_path / "audit.jsonl"
-    api = served(Clockwork(), api_keys=str(key_file), audit_log=str(log))
+    api = served(clockwork(), api_keys=str(key_file), audit_log=str(log))
     answer = ask(api, key)
     ask(api, "wrong")
     ask(api, key, stream=True)
@@ -334,7 +304,7 @@ def test_the_audit_log_tells_everything_but_what_was_said(key_file, tmp_path):
 
 def test_an_audit_log_that_was_moved_away_is_begun_again(tmp_path):
     log = tmp_path / "audit.jsonl"
-    api = served(Clockwork(), audit_log=str(log))
+    api = served(clockwork(), audit_log=str(log))
     ask(api)
     log.rename(tmp_path / "audit.1")
     ask(api)
@@ -344,7 +314,7 @@ def test_an_audit_log_that_was_moved_away_is_begun_again(tmp_path):
 
 
 def test_a_request_id_is_taken_over_or_made():
-    api = served(Clockwork())
+    api = served(clockwork())
     assert get(api, "/healthz", **{"X-Request-Id": "abc-1:2"}).headers["x-request-id"] == "abc-1:2"
     made = get(api, "/healthz", **{"X-Request-Id": "a b\t"}).headers["x-request-id"]
     assert len(made) == 32
