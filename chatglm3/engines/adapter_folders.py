@@ -16,6 +16,10 @@ class AdapterFolders:
         self._named = {name: Path(folder) for name, folder in (named or {}).items()}
         self._shelf = Path(shelf) if shelf else None
 
+    def __bool__(self) -> bool:
+        """Whether there can be any, now or later."""
+        return bool(self._named or self._shelf)
+
     def names(self) -> list[str]:
         """Names that `find` knows now."""
         return sorted(self._all())

@@ -27,12 +27,12 @@ from chatglm3.engines import (
     EngineError,
     FinishReason,
     Load,
-    PromptTooLong,
     RequestError,
     Sampling,
     TokenLogprob,
 )
 from chatglm3.engines.guide import GuideCompiler, raise_if_stuck
+from chatglm3.engines.request_check import check_request
 from chatglm3.engines.sampling import next_tokens, steered, token_logprobs
 from chatglm3.engines.slot_cache import ATTENTION, SlotCache, position_bytes
 from chatglm3.stream import TextStream
@@ -149,18 +149,7 @@ class TransformersEngine:
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; see `Engine.generate`."""
         self._raise_if_dead()
-        if not prompt_ids:
-            raise RequestError("the prompt is empty")
-        vocabulary = self._model.config.vocab_size
-        if not all(0 <= token < vocabulary for token in prompt_ids):
-            raise RequestError(f"the prompt has ids outside of the vocabulary of {vocabulary}")
-        if not all(0 <= token < vocabulary for token, _ in sampling.logit_bias):
-            raise RequestError(f"logit_bias has ids outside of the vocabulary of {vocabulary}")
-        if len(prompt_ids) + sampling.max_tokens > self.context_length:
-            raise PromptTooLong(
-                f"the prompt's {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} together exceed the "
-                f"model's context of {self.context_length} tokens; shorten the prompt or lower max_tokens"
-            )
+        check_request(prompt_ids, sampling, self._model.config.vocab_size, self.context_length)
         return self._stream(list(prompt_ids), sampling)
 
     def close(self) -> None:
