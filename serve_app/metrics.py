@@ -132,8 +132,10 @@ class Metrics:
         self.record(WAITING, load.waiting, model=model)
         self.record(WAITING_TOKENS, load.waiting_tokens, model=model)
         self.record(CACHE_USE, load.cache_use, model=model)
-        self.record(PREFIX_QUERIES, load.prefix_queries - self._prefix[0], model=model)
-        self.record(PREFIX_HITS, load.prefix_hits - self._prefix[1], model=model)
+        # Engines count since their start; one that began anew counts from 0.
+        seen = self._prefix if load.prefix_queries >= self._prefix[0] else (0, 0)
+        self.record(PREFIX_QUERIES, load.prefix_queries - seen[0], model=model)
+        self.record(PREFIX_HITS, load.prefix_hits - seen[1], model=model)
         self._prefix = load.prefix_queries, load.prefix_hits
 
     def answered(self, body: AnswerBody) -> None:
