@@ -77,7 +77,12 @@ def test_json_is_followed_whatever_its_strings_hold(official, compiler, after):
             content = json.dumps({"a": text}, ensure_ascii=False)
             assert follows(compiler.matcher(guide), lead + official.encode(content)), content
             assert not follows(compiler.matcher(guide), lead + official.encode(content[:-1]))
-        for other in ("Sure", '{"a": "\\u5317"}'):  # of characters, only those that must be are written as escapes
+        for other in (
+            "Sure",
+            '{"a":"1"}',
+            '{ "a": "1"}',
+            '{"a": "\\u5317"}',
+        ):  # as json.dumps writes it, without needless escapes
             assert not follows(compiler.matcher(guide), lead + official.encode(other))
 
 

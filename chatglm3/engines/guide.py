@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
@@ -13,6 +13,8 @@ from chatglm3.tokenizer import CONTROL_TOKENS, ChatGlmTokenizer
 
 MAX_TEXT = 2**16
 """Characters of a schema, a regular expression or a grammar."""
+# As json.dumps writes it. Were any white space allowed, a model that is unsure would go on with it for ever.
+_JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Half of llguidance's own: nothing that was tried then takes a fifth of a second to compile, or 30 ms for a mask.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000, step_lexer_fuel=100_000, max_grammar_size=100_000, verbose_errors=False
@@ -34,6 +36,8 @@ class Guide:
             raise RequestError(f"a {self.kind} has at most {MAX_TEXT} characters, not {len(self.text)}")
         if any("\ud800" <= character <= "\udfff" for character in self.text):
             raise RequestError(f"the {self.kind} is not valid Unicode: remove lone surrogates")
+        if self.kind == "json_schema":
+            _check_schema(self.text)
 
     def lark(self) -> str:
         """The whole answer in llguidance's Lark dialect, `after` and the spaces that the tokenizer adds included."""
@@ -44,14 +48,27 @@ class Guide:
     def _body(self) -> str:
         match self.kind:
             case "json_object":
-                return '%json {"type": "object"}'
+                return _json_body({"type": "object"})
             case "json_schema":
-                return f"%json {self.text}"
+                return _json_body(json.loads(self.text))
             case "regex":
                 pattern = regex_to_lark(self.text).replace("\n", "\\n")
                 return f"/{pattern}/"
             case "grammar":
                 return f"%lark {{\n{self.text}\n}}"
+
+
+def _check_schema(text: str) -> None:
+    try:
+        is_schema = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        is_schema = False
+    if not is_schema:
+        raise RequestError("the json_schema is no JSON object, or one of too many levels")
+
+
+def _json_body(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': _JSON_LAYOUT})}"
 
 
 class GuideCompiler:
