@@ -17,7 +17,7 @@ from cluster import session
 def leave(limit_s: int, node_id: str = "") -> None:
     """Have a node, this one unless another is named, drained, and wait for its replicas to be gone."""
     session.connect()
-    runtime = ray.get_runtime_context()  # type: ignore[no-untyped-call]
+    runtime = ray.get_runtime_context()
     node_id = node_id or runtime.get_node_id()
     # Hidden from `ray --help`; it is what Ray's autoscaler does by itself before it takes a node away.
     drain = ["ray", "drain-node", "--address", runtime.gcs_address, "--node-id", node_id]
