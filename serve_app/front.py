@@ -16,9 +16,7 @@ from serve_app.metrics import Metrics
 from serve_app.observation import Observation
 from serve_app.tracing import make_tracer
 
-_ONE_OF_MANY = (
-    b"# One replica's numbers, and the next scrape may reach another. Ray's metrics port of each node has all.\n"
-)
+_ONE_OF_MANY = b"# One replica's numbers; the next scrape may reach another. Ray's metrics port of each node has all.\n"
 
 
 def _listed(value: Any) -> Any:
