@@ -30,9 +30,11 @@ from chatglm3.engines import (
     RequestError,
     Sampling,
     TokenLogprob,
+    UnknownAdapter,
 )
 from chatglm3.engines.guide import GuideCompiler, raise_if_stuck
 from chatglm3.engines.request_check import check_request
+from chatglm3.engines.row_adapters import Adapter, RowAdapters
 from chatglm3.engines.sampling import next_tokens, steered, token_logprobs
 from chatglm3.engines.slot_cache import ATTENTION, SlotCache, position_bytes
 from chatglm3.stream import TextStream
@@ -74,6 +76,7 @@ class _Request:
     random: Random
     matcher: LLMatcher | None
     """Where its guide stands."""
+    adapter: Adapter | None
     loop: asyncio.AbstractEventLoop
     deltas: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
     answer: list[int] = field(default_factory=list)
@@ -104,7 +107,8 @@ class TransformersEngine:
         model.set_attn_implementation(ATTENTION)
         config = model.config
         self.context_length: int = config.max_position_embeddings
-        self.adapters = adapters or AdapterFolders()
+        self.adapters = AdapterFolders() if adapters is None else adapters
+        self._row_adapters = RowAdapters(model, self.adapters) if adapters is not None else None
         self.running: list[_Request] = []
         """Row r of the cache belongs to running[r]."""
         self._model = model
@@ -141,10 +145,7 @@ class TransformersEngine:
 
     async def prepare(self, sampling: Sampling) -> None:
         """Load the adapter, compile the guide; see `Engine.prepare`."""
-        if sampling.adapter:
-            raise RequestError("this engine has no adapters yet")
-        if sampling.guide:
-            await asyncio.to_thread(self._guides.matcher, sampling.guide)
+        await self._prepared(sampling)
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; see `Engine.generate`."""
@@ -158,10 +159,9 @@ class TransformersEngine:
         self._thread.join()
 
     async def _stream(self, ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        guide = sampling.guide
-        matcher = await asyncio.to_thread(self._guides.matcher, guide) if guide else None
-        text = TextStream(self._tokenizer, sampling.stop)
-        request = _Request(ids, sampling, text, Random(sampling.seed), matcher, asyncio.get_running_loop())
+        matcher, adapter = await self._prepared(sampling)
+        text, random = TextStream(self._tokenizer, sampling.stop), Random(sampling.seed)
+        request = _Request(ids, sampling, text, random, matcher, adapter, asyncio.get_running_loop())
         self._arrivals.put(request)
         try:
             self._raise_if_dead()  # after the put: the dying thread may have emptied the queue just before it
@@ -174,6 +174,15 @@ class TransformersEngine:
                     return
         finally:
             request.ended = True
+
+    async def _prepared(self, sampling: Sampling) -> tuple[LLMatcher | None, Adapter | None]:
+        guide, name = sampling.guide, sampling.adapter
+        matcher = await asyncio.to_thread(self._guides.matcher, guide) if guide else None
+        if not name:
+            return matcher, None
+        if self._row_adapters is None:
+            raise UnknownAdapter(f"there is no adapter {name!r}: the engine was started without any")
+        return matcher, await asyncio.to_thread(self._row_adapters.load, name)
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
@@ -267,6 +276,8 @@ class TransformersEngine:
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         length = max(starts) + width
         self._cache.aim(first_row, positions, length)
+        if self._row_adapters is not None:
+            self._row_adapters.aim([request.adapter for request in self.running[first_row : first_row + len(ids)]])
         # [B, 1, T, length]: a position sees itself and those before it.
         visible = torch.arange(length, device=device) <= positions[:, None, :, None]
         outputs = self._model.model(

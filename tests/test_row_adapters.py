@@ -1,0 +1,206 @@
+"""Adapters side by side in one batch: each row answers as the model would with its adapter merged into it."""
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from chatglm3 import load_model, load_tokenizer
+from chatglm3.adapters import load_adapter
+from chatglm3.engines import AdapterFolders, Sampling, UnknownAdapter, UnusableAdapter, complete
+from chatglm3.engines.row_adapters import MAX_LOADED
+from chatglm3.engines.transformers_engine import TransformersEngine
+from chatglm3.quantization import NF4
+
+KINDS = {
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]},
+    "everything": {"r": 8, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]},
+    "rslora": {"r": 16, "lora_alpha": 4, "use_rslora": True, "target_modules": ["down_proj"]},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "o_proj", "gate_up_proj"]},
+    "patterns": {
+        "r": 4,
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 2},
+        "alpha_pattern": {"down_proj": 32},
+    },
+}
+
+
+def write_adapter(base: Path, folder: Path, seed: int, **settings: object) -> Path:
+    """An adapter of random numbers, large enough to change what the model says."""
+    torch.manual_seed(seed)
+    model = get_peft_model(load_model(base, dtype=torch.float32), LoraConfig(init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + 0.3 * torch.rand_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shelf = tmp_path_factory.mktemp("shelf")
+    for seed, (name, settings) in enumerate(KINDS.items()):
+        write_adapter(tiny, shelf / name, seed, **settings)
+    return shelf
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path, shelf: Path) -> Iterator[TransformersEngine]:
+    model = load_model(tiny, dtype=torch.float32)
+    engine = TransformersEngine(model, load_tokenizer(tiny), adapters=AdapterFolders(shelf=shelf))
+    yield engine
+    engine.close()
+
+
+def prompt(length: int, vocabulary: int = 1500) -> list[int]:
+    return Random(length).choices(range(3, vocabulary), k=length)
+
+
+def answers(engine: TransformersEngine, requests: list[tuple[list[int], str]]) -> list[tuple[int, ...]]:
+    async def run() -> list[tuple[int, ...]]:
+        jobs = [complete(engine, ids, Sampling(max_tokens=24, adapter=name)) for ids, name in requests]
+        return [answer.token_ids for answer in await asyncio.gather(*jobs)]
+
+    return asyncio.run(run())
+
+
+def merged_answer(base: Path, adapter: Path | None, ids: list[int], stop_ids: tuple[int, ...]) -> tuple[int, ...]:
+    model = load_model(base, dtype=torch.float32)
+    if adapter:
+        model = load_adapter(model, adapter).merge_and_unload()
+    given = torch.tensor([ids])
+    new = model.generate(given, max_new_tokens=24, do_sample=False, eos_token_id=list(stop_ids))
+    return tuple(new[0, len(ids) :].tolist())
+
+
+def test_rows_of_different_adapters_in_one_batch_answer_as_merged_models_do(engine, tiny, shelf):
+    stop_ids = load_tokenizer(tiny).stop_ids
+    requests = [(prompt(length), name) for length in (5, 40) for name in ("", *KINDS)]
+    found = answers(engine, requests)
+    for (ids, name), answer in zip(requests, found, strict=True):
+        assert answer == merged_answer(tiny, shelf / name if name else None, ids, stop_ids), name
+    assert len(set(found[: len(KINDS) + 1])) == len(KINDS) + 1  # each adapter says something of its own
+
+
+@pytest.mark.parametrize("name", ["nf4able-fp16-bin-qkv-1", "nf4able-fp16-bin-qkv-dense-dense-dens-2"])
+def test_old_adapters_on_query_key_value_are_served_too(shared, tiny, name):
+    base, folder = shared / "chatglm3/ckpt/nf4able-fp16-bin", shared / "chatglm3/lora" / name
+    tokenizer = load_tokenizer(tiny)
+    engine = TransformersEngine(
+        load_model(base, dtype=torch.float32), tokenizer, adapters=AdapterFolders({"old": folder})
+    )
+    vocabulary = load_model(base).config.vocab_size
+    ids = prompt(12, vocabulary)
+    found = answers(engine, [(ids, "old"), (ids, ""), (ids, "old")])
+    engine.close()
+    assert found[0] == found[2] == merged_answer(base, folder, ids, tokenizer.stop_ids)
+    assert found[1] == merged_answer(base, None, ids, tokenizer.stop_ids) != found[0]
+
+
+def test_an_adapter_sits_on_a_quantised_base(shared, tiny):
+    base, folder = shared / "chatglm3/ckpt/nf4able-fp16-bin", shared / "chatglm3/lora/nf4able-fp16-bin-qkv-1"
+    model = load_model(base, dtype=torch.bfloat16, quantization_config=NF4)
+    engine = TransformersEngine(model, load_tokenizer(tiny), adapters=AdapterFolders({"old": folder}))
+    ids = prompt(12, model.config.vocab_size)
+    with_it, without = answers(engine, [(ids, "old"), (ids, "")])
+    engine.close()
+    assert with_it != without
+
+
+def test_an_adapter_is_found_and_read_again_without_a_restart(engine, tiny, shelf):
+    with pytest.raises(UnknownAdapter, match="there is no adapter 'late'; there are: attention, dora, everything"):
+        answers(engine, [(prompt(9), "late")])
+    with pytest.raises(UnknownAdapter):
+        answers(engine, [(prompt(9), "../shelf/attention")])
+    write_adapter(tiny, shelf / "late", 50, **KINDS["attention"])
+    [first] = answers(engine, [(prompt(9), "late")])
+    write_adapter(tiny, shelf / "late", 51, **KINDS["everything"])
+    [second] = answers(engine, [(prompt(9), "late")])
+    assert first != second == merged_answer(tiny, shelf / "late", prompt(9), load_tokenizer(tiny).stop_ids)
+    shutil.rmtree(shelf / "late")
+    with pytest.raises(UnknownAdapter):
+        answers(engine, [(prompt(9), "late")])
+
+
+def test_few_adapters_stay_in_memory(engine, shelf):
+    for number in range(MAX_LOADED + 3):
+        (shelf / f"copy{number}").symlink_to(shelf / "attention")
+    names = [f"copy{number}" for number in range(MAX_LOADED + 3)]
+    found = answers(engine, [(prompt(9), name) for name in names])
+    assert set(found) == set(answers(engine, [(prompt(9), "attention")]))
+    assert len(engine._row_adapters._loaded) == MAX_LOADED
+    for name in names:
+        (shelf / name).unlink()
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "adapter_model.safetensors", 2000)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def rewritten(**fields: object):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text()) | fields
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def no_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (cut_short, "damaged or cut short"),
+        (without_weights, "holds no adapter_model.safetensors"),
+        (no_json, "not readable JSON"),
+        (rewritten(peft_type="PREFIX_TUNING"), "only LORA"),
+        (rewritten(modules_to_save=["lm_head"]), "modules_to_save is not served"),
+        (rewritten(bias="all"), "bias is not served"),
+        (rewritten(r="x", lora_alpha="y"), "cannot be used"),
+    ],
+)
+def test_a_broken_adapter_is_one_line_and_harms_nobody(engine, shelf, spoil, reason):
+    folder = shelf / "broken"
+    shutil.copytree(shelf / "attention", folder)
+    try:
+        spoil(folder)
+        [before] = answers(engine, [(prompt(9), "attention")])
+        with pytest.raises(UnusableAdapter, match=reason) as broken:
+            asyncio.run(engine.prepare(Sampling(adapter="broken")))
+        assert "\n" not in str(broken.value)
+        with pytest.raises(UnusableAdapter):
+            answers(engine, [(prompt(9), "broken")])
+        assert answers(engine, [(prompt(9), "attention")]) == [before]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_an_adapter_of_another_base_is_refused(shared, tiny):
+    other = shared / "chatglm3/lora/nf4able-fp16-bin-qkv-1"
+    model = load_model(tiny, dtype=torch.float32)
+    engine = TransformersEngine(model, load_tokenizer(tiny), adapters=AdapterFolders({"other": other}))
+    with pytest.raises(UnusableAdapter, match=r"use the base it was trained on|use its own base"):
+        asyncio.run(engine.prepare(Sampling(adapter="other")))
+    engine.close()
+
+
+def test_an_engine_without_adapters_says_so(tiny):
+    engine = TransformersEngine(load_model(tiny, dtype=torch.float32), load_tokenizer(tiny))
+    with pytest.raises(UnknownAdapter, match="started without any"):
+        asyncio.run(engine.prepare(Sampling(adapter="x")))
+    engine.close()
