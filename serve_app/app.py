@@ -66,7 +66,7 @@ class AppArgs(FrontArgs):
             # `serve run` prints a ClickException as one line and exits with 1; anything else as a traceback.
             raise click.ClickException(
                 f"argument {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; "
-                f"the application's arguments are {', '.join(cls.model_fields)}"
+                f"the application's arguments are {', '.join([*AppArgs.__annotations__, *FrontArgs.model_fields])}"
             ) from None
 
 
