@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from starlette.middleware.cors import CORSMiddleware
 
 from chatglm3.engines import Engine
+from serve_app import playground
 from serve_app.audit import open_audit_log
 from serve_app.guard import Guard
 from serve_app.keys import KeyFile, Limits, read_keys
@@ -84,6 +85,8 @@ def install(
         )
     audit = open_audit_log(args.audit_log) if args.audit_log else None
     api.add_middleware(Observation, metrics=metrics, audit=audit, tracer=make_tracer(), returns_id=not behind_serve)
+    if args.playground:
+        playground.add_route(api)
     if args.metrics != "off":
         _add_metrics_route(api, engine, metrics, _ONE_OF_MANY if behind_serve else b"")
 
