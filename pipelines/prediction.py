@@ -1,4 +1,4 @@
-"""One question, or a conversation in the terminal, with the engine in this process."""
+"""One question, or a conversation in the terminal, with the engine in this process or a model that is served."""
 
 import asyncio
 import sys
@@ -12,12 +12,14 @@ from pydantic import BeforeValidator, Field
 from chatglm3 import ModelError, load_tokenizer, parse_reply
 from chatglm3.chat import Message, PromptFormat, question_ids
 from chatglm3.documents import documents_prompt
+from chatglm3.endpoint import Endpoint, read_api_key
 from chatglm3.engines import Engine, EngineError, RequestError, Sampling, load_engine
 from chatglm3.reply import ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.model_folders import open_model, warn_of_other_wording
+from pipelines.remote_conversation import RemoteConversation
 
 HELP = "/clear forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -29,13 +31,17 @@ def _split(value: Any) -> Any:
 class PredictConfig(Config):
     """Ask a model one question, or without a QUESTION chat with it in the terminal.
 
-    Only the answer is written to stdout.
+    The model is a folder, or with --url one that is served. Only the answer is written to stdout.
     """
 
     question: Annotated[str | None, "positional"] = None
     """What to ask."""
     model: str = "out/model"
-    """Model to ask: `tiny`, an official folder, or one that merge wrote."""
+    """Model to ask: `tiny`, an official folder, or one that merge wrote; with --url the name of one served there."""
+    url: str = ""
+    """Server to ask instead of loading a folder, such as http://127.0.0.1:8000."""
+    api_key_file: str = ""
+    """File with the key to that server."""
     documents: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     """Text files to answer from, with commas between them; each is one document."""
     max_tokens: int = Field(512, ge=1)
@@ -51,6 +57,8 @@ class PredictConfig(Config):
 def predict(config: PredictConfig) -> None:
     """Answer one question on stdout, or hold a conversation there."""
     documents = [_read(path) for path in config.documents]
+    if config.url:
+        return _predict_remotely(config, documents)
     model = open_model(config.model, "--model")
     warn_of_other_wording(model)
     sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=config.seed)
@@ -58,15 +66,32 @@ def predict(config: PredictConfig) -> None:
     engine = load_engine("auto", model.path, max_batch=1)
     try:
         conversation = Conversation(engine, tokenizer, model.prompt_format, sampling, documents)
-        if config.question is None:
-            print(f"{model.name}, {model.prompt_format} format. {HELP}.", file=sys.stderr)
-            chat(conversation)
-        else:
-            _print_answer(conversation, config.question)
+        _converse(conversation, config.question, f"{model.name}, {model.prompt_format} format")
     except (RequestError, EngineError) as error:
         raise StageError(str(error)) from None
     finally:
         engine.close()
+
+
+def _predict_remotely(config: PredictConfig, documents: list[str]) -> None:
+    endpoint = Endpoint(config.url, read_api_key(config.api_key_file))
+    asked = config.model_dump(include={"max_tokens", "temperature", "top_p", "seed"}, exclude_none=True)
+    model = config.model if "model" in config.model_fields_set else asyncio.run(_main_model(endpoint))
+    named = list(zip(config.documents, documents, strict=True))
+    _converse(RemoteConversation(endpoint, model, asked, named), config.question, f"{model} at {config.url}")
+
+
+async def _main_model(endpoint: Endpoint) -> str:
+    async with endpoint:
+        return (await endpoint.models())[0]
+
+
+def _converse(conversation: "Conversation | RemoteConversation", question: str | None, who: str) -> None:
+    if question is None:
+        print(f"{who}. {HELP}.", file=sys.stderr)
+        chat(conversation)
+    else:
+        _print_answer(conversation, question)
 
 
 class Conversation:
@@ -86,6 +111,8 @@ class Conversation:
         self.sampling = sampling
         self.documents = documents
         self.history: list[Message] = []
+        self.sources: list[str] = []
+        """Nothing: what an answer cites stands in its text."""
 
     async def ask(self, question: str) -> AsyncGenerator[str, None]:
         """Yield the answer in readable pieces. A turn that is not read to its end is forgotten.
@@ -107,7 +134,7 @@ class Conversation:
             self.history = [*messages, *parse_reply(reply).messages]
 
 
-def chat(conversation: Conversation) -> None:
+def chat(conversation: Conversation | RemoteConversation) -> None:
     """Read questions from stdin and answer them until it ends."""
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() line editing and the arrow keys
@@ -133,7 +160,7 @@ def _read_question() -> str:
         return "/quit"
 
 
-def _print_answer(conversation: Conversation, question: str) -> None:
+def _print_answer(conversation: Conversation | RemoteConversation, question: str) -> None:
     async def print_pieces() -> str:
         answer = ""
         async with aclosing(conversation.ask(question)) as pieces:
@@ -144,6 +171,8 @@ def _print_answer(conversation: Conversation, question: str) -> None:
 
     answer = asyncio.run(print_pieces())  # Ctrl-C cancels it, and with it the engine's request
     print()
+    for source in conversation.sources:
+        print(f"  {source}", file=sys.stderr)
     if not answer:
         print("(the model answered nothing)", file=sys.stderr)
 
