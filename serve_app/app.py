@@ -7,12 +7,12 @@ import socket
 import urllib.request
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import torch
 from fastapi import FastAPI
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
-from chatglm3.engines import DtypeName, EngineName, load_engine
+from chatglm3.engines import AdapterFolders, DtypeName, EngineName, load_engine
 from chatglm3.errors import ModelError
 from chatglm3.folder import model_folder, read_json
 from chatglm3.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ from chatglm3.weights import open_weights
 from cluster.errors import StageError
 from cluster.storage import RECEIPT, read_receipt
 from serve_app import front
+from serve_app.adapter_args import check_adapters, named
 from serve_app.document_answers import document_style
 from serve_app.front import FrontArgs
 from serve_app.metering import MeteredEngine
@@ -55,6 +56,10 @@ class AppArgs(FrontArgs):
     """Computing type; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_batch: int = Field(32, ge=1)
     """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
+    adapters: Annotated[dict[str, str], BeforeValidator(named)] = Field({})
+    """LoRA adapters that requests can name as their model: NAME=FOLDER, with commas between several."""
+    adapter_dir: str = ""
+    """Folder of more of them, each named as its own folder; read at every request, so that adapters can be added."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -84,11 +89,12 @@ def build(args: AppArgs) -> Application:
         load_tokenizer(folder)
         document_style(_facts(folder), args.model)
         files = front.check_files(args)
+        adapters = check_adapters(args.adapters, args.adapter_dir, _facts(folder).get("prompt_format", "chat"))
     except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.
     located = args.model_copy(
-        update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name, **files}
+        update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name, **files, **adapters}
     )
     # Without num_gpus all replicas would take their node's first GPU. A config file's own ray_actor_options take the
     # place of these.
@@ -158,7 +164,12 @@ class ChatServer:
         _warn_of_open_door(args)
         # A replica with a dead engine fails fast and so attracts requests until a health check: end it at once.
         engine = load_engine(
-            args.engine, args.model, dtype=args.dtype, max_batch=args.max_batch, on_fatal=lambda: os._exit(1)
+            args.engine,
+            args.model,
+            dtype=args.dtype,
+            max_batch=args.max_batch,
+            adapters=AdapterFolders(args.adapters, args.adapter_dir) if args.adapters or args.adapter_dir else None,
+            on_fatal=lambda: os._exit(1),
         )
         self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens)
 

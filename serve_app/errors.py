@@ -1,5 +1,6 @@
 """Errors of the HTTP API, all in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
+import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -13,6 +14,8 @@ from chatglm3.errors import ModelError
 
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 """For the specification: a route whose answer may also be a stream of events."""
+
+log = logging.getLogger(__name__)
 
 
 class ApiError(HTTPException):
@@ -52,7 +55,10 @@ def api_error(error: Exception) -> ApiError:
         case UnknownAdapter():
             return ApiError(404, str(error), param="model", code="model_not_found")
         case UnusableAdapter():
-            return ApiError(404, str(error), param="model", code="model_not_usable")
+            log.warning("%s", error)
+            return ApiError(
+                404, "this adapter cannot be used; the server's log says why", param="model", code="model_not_usable"
+            )
         case RequestError() | ModelError():
             return ApiError(400, str(error))
         case EngineError():

@@ -459,7 +459,7 @@ def test_a_closed_engine_fails_what_is_under_way(tokenizer):
 
 
 def test_an_unknown_engine_is_refused_by_name(tiny):
-    with pytest.raises(ModelError, match="'llama' is not known; choose auto or transformers"):
+    with pytest.raises(ModelError, match="'llama' is not known; choose auto"):
         load_engine("llama", tiny)
 
 

@@ -7,17 +7,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from chatglm3 import load_model, load_tokenizer
+from chatglm3 import load_model, load_tokenizer, parse_reply, prompt_ids
 from chatglm3.adapters import load_adapter
 from chatglm3.engines import AdapterFolders, Sampling, UnknownAdapter, UnusableAdapter, complete
 from chatglm3.engines.row_adapters import MAX_LOADED
 from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.quantization import NF4
+from serve_app.routes import make_api
+from tests.http_server import served
 
 KINDS = {
     "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]},
@@ -188,6 +193,38 @@ def test_a_broken_adapter_is_one_line_and_harms_nobody(engine, shelf, spoil, rea
         assert answers(engine, [(prompt(9), "attention")]) == [before]
     finally:
         shutil.rmtree(folder)
+
+
+def test_clients_choose_adapters_by_the_models_name(engine, tiny, shelf, caplog):
+    question: Any = [{"role": "user", "content": "北京的人口是多少？"}]
+    tokenizer = load_tokenizer(tiny)
+
+    def content(client: openai.OpenAI, model: str) -> str:
+        answer = client.chat.completions.create(model=model, messages=question, max_tokens=24)
+        assert answer.model == model
+        return answer.choices[0].message.content
+
+    with served(make_api(engine, tokenizer, "tiny", "chat")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["tiny", *sorted(KINDS)]
+        assert client.models.retrieve("dora").parent == "tiny"
+        for name in ("tiny", "attention", "dora"):
+            raw = answers(engine, [(prompt_ids(tokenizer, question), "" if name == "tiny" else name)])[0]
+            assert content(client, name) == parse_reply(tokenizer.decode(raw)).content
+        completion = client.completions.create(model="dora", prompt="天空", max_tokens=4)
+        assert completion.model == "dora"
+        with pytest.raises(openai.NotFoundError, match="'nobody' is not served here; these are: 'tiny', 'attention'"):
+            content(client, "nobody")
+        shutil.copytree(shelf / "attention", shelf / "broken")
+        cut_short(shelf / "broken")
+        for stream in (False, True):
+            with pytest.raises(openai.NotFoundError) as broken:
+                client.chat.completions.create(model="broken", messages=question, stream=stream)
+            assert (broken.value.code, broken.value.param) == ("model_not_usable", "model")
+            assert str(shelf) not in str(broken.value)
+        assert f"adapter 'broken' cannot be used: {shelf}/broken" in caplog.text
+        shutil.rmtree(shelf / "broken")
+        assert httpx.get(f"{url}/healthz").status_code == 200
 
 
 def test_an_adapter_of_another_base_is_refused(shared, tiny):

@@ -210,10 +210,13 @@ def test_the_config_file_is_served_on_this_machine_only():
             {"modle": "tiny"},
             "argument modle: Extra inputs are not permitted; the application's arguments are model, name",
         ),
-        ({"engine": "vlm"}, "argument engine: Input should be 'auto' or 'transformers'"),
+        ({"engine": "vlm"}, "argument engine: Input should be 'auto'"),
         ({"max_batch": "0"}, "argument max_batch: Input should be greater than or equal to 1"),
         ({"model": "/nowhere"}, "/nowhere is not a folder"),
         ({"model": "{folder}"}, "config.json is missing"),
+        ({"adapters": "one"}, "argument adapters: Value error, give NAME=FOLDER, with commas between several"),
+        ({"adapters": "one={folder}"}, "adapter one: {folder} holds no adapter_config.json"),
+        ({"adapter_dir": "/nowhere"}, "adapter_dir /nowhere is not a folder"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -221,8 +224,15 @@ def test_wrong_arguments_are_one_line_before_anything_starts(args, message, tmp_
     args = {name: value.format(folder=tmp_path) for name, value in args.items()}
     with pytest.raises(ClickException) as wrong:
         build(AppArgs(**args))
-    assert message in wrong.value.message
+    assert message.format(folder=tmp_path) in wrong.value.message
     assert "\n" not in wrong.value.message
+
+
+def test_an_adapter_of_another_prompt_format_is_refused_before_anything_starts(tmp_path):
+    with publish(tmp_path / "bare", Receipt("train", {}, facts={"prompt_format": "bare"})) as partial:
+        (partial / "adapter_config.json").write_text("{}")
+    with pytest.raises(ClickException, match=r"adapter bare: .* was tuned with prompt_format bare, and the model is"):
+        build(AppArgs(adapter_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""Adapters as arguments of the application: which there are, and whether the model is asked as they were taught."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chatglm3.chat import PromptFormat
+from chatglm3.engines import AdapterFolders
+from chatglm3.errors import ModelError
+from cluster.storage import read_receipt
+
+
+def named(adapters: Any) -> Any:
+    """`one=FOLDER,two=FOLDER`, as it stands on a command line, as a mapping."""
+    if not isinstance(adapters, str):
+        return adapters
+    pairs = [pair.partition("=") for pair in adapters.split(",")]
+    if not all(name and folder for name, _, folder in pairs):
+        raise ValueError("give NAME=FOLDER, with commas between several")
+    return {name: folder for name, _, folder in pairs}
+
+
+def check_adapters(adapters: Mapping[str, str], shelf: str, prompt_format: PromptFormat) -> dict[str, Any]:
+    """`adapters` and `adapter_dir` with absolute paths: said once, before replicas start.
+
+    ModelError if a folder is not there, or if an adapter was taught another prompt format than the model's, in which
+    all of them are asked.
+    """
+    if shelf and not Path(shelf).is_dir():
+        raise ModelError(f"adapter_dir {shelf} is not a folder: give the one that holds the adapters' folders")
+    found = AdapterFolders(adapters, shelf)
+    for name in found.names():
+        folder = found.find(name)
+        if not (folder / "adapter_config.json").is_file():
+            raise ModelError(f"adapter {name}: {folder} holds no adapter_config.json: give the folder that train wrote")
+        receipt = read_receipt(folder)
+        taught = receipt.facts.get("prompt_format", prompt_format) if receipt else prompt_format
+        if taught != prompt_format:
+            raise ModelError(
+                f"adapter {name}: {folder} was tuned with prompt_format {taught}, and the model is asked in "
+                f"{prompt_format}: merge it, and serve it as a model of its own"
+            )
+    absolute = {name: str(Path(folder).absolute()) for name, folder in adapters.items()}
+    return {"adapters": absolute, "adapter_dir": str(Path(shelf).absolute()) if shelf else ""}
