@@ -66,7 +66,9 @@ class Endpoint:
                     if error := event.get("error"):
                         raise EndpointError(f"the answer broke off: {error['message']}", f"broke off: {error['code']}")
                     yield event
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except EndpointError:  # which is a ValueError too
+            raise
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # the last is what no event should be
             raise self._unreachable(error) from None
         raise EndpointError("the answer broke off", "broke off")
 
@@ -84,7 +86,8 @@ class Endpoint:
     def _unreachable(self, error: Exception) -> EndpointError:
         if isinstance(error, TimeoutError):
             return EndpointError(f"{self._base} took too long", "timeout")
-        reason = str(error) or type(error).__name__
+        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        reason = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
         return EndpointError(f"{self._base} cannot be asked: {reason}; correct --url or start it", type(error).__name__)
 
 

@@ -2,7 +2,9 @@
 
 import sys
 
+from chatglm3.errors import ModelError
 from cluster.commands import run_command
+from cluster.errors import StageError
 
 COMMANDS = {
     "keys": ("serve_app.key_making:make_key", "keys add NAME --file FILE: a new API key, shown once"),
@@ -10,4 +12,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(run_command("python -m serve_app", COMMANDS, sys.argv[1:]))
+    sys.exit(run_command("python -m serve_app", COMMANDS, sys.argv[1:], (StageError, ModelError, OSError)))
