@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.errors import ApiError
 from serve_app.keys import Key, KeyFile
 from serve_app.ledger import Ledger
-from serve_app.request_record import RequestRecord, current
+from serve_app.request_record import RequestRecord, current, path_of
 
 
 class Guard:
@@ -38,7 +38,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may pass."""
-        if scope["type"] != "http" or self._is_open(scope["path"]):
+        if scope["type"] != "http" or self._is_open(path_of(scope)):
             return await self._app(scope, receive, send)
         record = current.get() or RequestRecord("")
         try:

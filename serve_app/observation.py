@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import tracing
 from serve_app.metrics import HTTP_REQUESTS, REJECTED, Metrics
-from serve_app.request_record import RequestRecord, current
+from serve_app.request_record import RequestRecord, current, path_of
 
 _ID = re.compile(r"[\w.:-]{1,128}")
 Audit = Callable[[dict[str, Any]], None]
@@ -100,4 +100,4 @@ def route_of(scope: Scope) -> str:
         return str(route.path)
     # Turned away before it was looked for.
     paths = {getattr(route, "path", "") for route in scope["app"].routes}
-    return scope["path"] if scope["path"] in paths else "other"
+    return path if (path := path_of(scope)) in paths else "other"

@@ -3,6 +3,8 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from starlette.types import Scope
+
 
 @dataclass
 class RequestRecord:
@@ -20,6 +22,11 @@ class RequestRecord:
     finish_reason: str = ""
     rejected: str = ""
     """Why it was turned away, in a word."""
+
+
+def path_of(scope: Scope) -> str:
+    """The path as routes have it: without the prefix that the application is served under."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)

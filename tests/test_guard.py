@@ -139,6 +139,22 @@ def test_without_a_valid_key_there_is_no_answer(key_file):
     assert get(api, "/healthz").status_code == 200
 
 
+def test_a_prefix_before_all_paths_changes_nothing(key_file, tmp_path):
+    key = add_key(key_file, "alice", Limits())
+    api = served(clockwork(), api_keys=str(key_file), audit_log=str(tmp_path / "audit"))
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(api, root_path="/one")
+        async with httpx.AsyncClient(transport=transport, base_url="http://x/one") as client:
+            answers = [await client.get(path) for path in ("/healthz", "/", "/v1/models", "/v1/chat/completions")]
+            answers.append(await client.get("/v1/models", headers=bearer(key)))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(statuses()) == [200, 200, 401, 401, 200]
+    routes = [json.loads(line)["route"] for line in (tmp_path / "audit").read_text().splitlines()]
+    assert routes == ["/healthz", "/", "/v1/models", "/v1/chat/completions", "/v1/models"]
+
+
 def test_metrics_need_a_key_unless_they_are_open_or_off(key_file):
     key = add_key(key_file, "prometheus", Limits(requests_per_minute=1))
     guarded = served(clockwork(), api_keys=str(key_file))
