@@ -15,6 +15,7 @@ import yaml
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.__main__ import COMMANDS as CLUSTER_COMMANDS
 from cluster.commands import parse_config
 from cluster.manifests import StageName
 from pipelines.__main__ import STAGES as COMMANDS
@@ -334,3 +335,31 @@ def test_dashboards_are_ones_that_grafana_reads():
 
 def test_the_command_knows_every_stage():
     assert get_args(StageName) == STAGES
+
+
+@pytest.mark.parametrize("name", ["docs/kubernetes.md", "docs/kubernetes.zh-CN.md"])
+def test_what_the_documents_tell_people_to_type_is_there(name):
+    text = (ROOT / name).read_text()
+    for path in set(re.findall(r"(?<![\w/.])((?:k8s|docs|benchmarks|tests)/[\w./-]*\w)", text)):
+        assert (ROOT / path).exists() or path == "k8s/overlays/ours", path
+    commands = re.findall(r"python -m cluster (\w+)(?: (platform|prepare|train|merge|evaluate|serve)\b)?", text)
+    assert {command for command, _ in commands} == set(CLUSTER_COMMANDS)
+    assert {stage for command, stage in commands if command == "apply" and stage} == set(STAGES)
+    for overlay_name in set(re.findall(r"--overlay (\S+?)`?\s", text)):
+        assert (MANIFESTS / "overlays" / overlay_name).is_dir(), overlay_name
+    components = set(re.findall(r"`([a-z0-9-]+)`", text[text.index("| `gpu-train`") : text.index("`RayCronJob`")]))
+    inner = {"gpu", "finish-job", "finish-service"}
+    assert components == {path.name for path in (MANIFESTS / "components").iterdir()} - inner
+    made = {item["metadata"]["name"] for stage in STAGES for item in objects(overlay("gpu", stage))}
+    made |= {item["metadata"]["name"] for item in objects(overlay("cpu-demo", "platform"))}
+    for kind, found in re.findall(r"(job|rayservice)[/ ]([a-z]+)\b", "\n".join(re.findall(r"kubectl[^\n`]*", text))):
+        assert found in made, f"{kind} {found}"
+    assert "service/chat-serve-svc 8000" in text
+
+
+def test_both_languages_say_the_same_commands():
+    blocks = [
+        [re.sub(r"\s*#.*", "", block) for block in re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S)]
+        for name in ("docs/kubernetes.md", "docs/kubernetes.zh-CN.md")
+    ]
+    assert blocks[0] == blocks[1]
