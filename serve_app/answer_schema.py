@@ -2,23 +2,20 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from chatglm3.engines import FinishReason
-from serve_app.schema import Usage
+from serve_app.schema import RequestBody, ResponseBody, Usage
 
 MOST_DOCUMENTS = 1000
 Match = Literal["exact", "near", "answer"] | None
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Document(_Request):
+class Document(RequestBody):
     """A document to answer from."""
 
     text: str = Field(pattern=r"\S")
+    """What stands in it; more than white space."""
     title: str | None = None
     """Put before the text, as its first line."""
     id: str | None = None
@@ -42,26 +39,30 @@ def _as_document(document: object) -> object:
 AnyDocument = Annotated[Document, BeforeValidator(_as_document, json_schema_input_type=str | Document)]
 
 
-class AnswerRequest(_Request):
+class AnswerRequest(RequestBody):
     """POST /v1/answer."""
 
     question: str = Field(pattern=r"\S")
+    """What to answer."""
     documents: list[AnyDocument] = Field(min_length=1, max_length=MOST_DOCUMENTS)
     """More than fits into the model's context may be sent: the likeliest are read, the others reported."""
     model: str | None = None
     """The model or an adapter of it; the model unless given."""
     stream: bool | None = None
+    """Send the answer in pieces, as server-sent events."""
     max_tokens: int | None = Field(None, ge=1)
     """Most tokens of the answer; 512 unless given."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0, the default, always takes the most probable token."""
     top_p: float | None = Field(None, gt=0, le=1)
+    """Draw among the most probable tokens that together reach this probability."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed gives the same answer."""
     user: str | None = None
     """Taken and not used."""
 
 
-class Citation(BaseModel):
+class Citation(ResponseBody):
     """A document that the answer cites, and the passage that it quotes from it."""
 
     document: int
@@ -78,7 +79,7 @@ class Citation(BaseModel):
     mistakes; answer: the model quotes nothing, and this sentence holds its answer; null: it was not found."""
 
 
-class Cut(BaseModel):
+class Cut(ResponseBody):
     """A document of which the model was shown a part: characters `start` to `end` of its text."""
 
     document: int
@@ -86,7 +87,7 @@ class Cut(BaseModel):
     end: int
 
 
-class Fit(BaseModel):
+class Fit(ResponseBody):
     """What of the documents the model did not see."""
 
     omitted: list[int]

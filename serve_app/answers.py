@@ -23,6 +23,14 @@ log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=ChatCompletion | Completion)
 Json = dict[str, Any]
 
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "JSON of the next piece, or at the end [DONE]"}},
+    "required": ["data"],
+}
+STREAMS: dict[int | str, Json] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+"""For the specification: a route whose answer may also be a stream of events."""
+
 
 class Choice(Protocol):
     """One of an answer's choices while it is written."""

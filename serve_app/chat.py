@@ -14,10 +14,10 @@ from chatglm3.reply import ReplyStream, ToolCall
 from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import chat_schema
-from serve_app.answers import Answer, EventStream, Json
+from serve_app.answers import STREAMS, Answer, EventStream, Json
 from serve_app.chat_schema import AnsweredTool, AnswerMessage, ChatCompletion, ChatFinish, ChatRequest, ChoiceLogprobs
 from serve_app.disconnect import unless_gone
-from serve_app.errors import STREAMS, ApiError
+from serve_app.errors import ApiError
 from serve_app.logprobs import content_logprob, token_bytes
 from serve_app.models import Models
 from serve_app.requests import chat_guide, chatglm3_messages, chatglm3_tools, samplings

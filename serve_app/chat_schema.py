@@ -15,7 +15,9 @@ class TextPart(RequestBody):
     """A piece of a content that is sent as a list."""
 
     type: Literal["text"]
+    """There are no others here."""
     text: str
+    """Put after the parts before it, with nothing between."""
 
 
 def _joined(content: object) -> object:
@@ -35,6 +37,7 @@ class CalledFunction(RequestBody):
     """The tool that a message calls."""
 
     name: ToolName
+    """The tool's."""
     arguments: str
     """A JSON object, as text."""
 
@@ -45,6 +48,7 @@ class CalledTool(RequestBody):
     id: str
     """Taken and not needed: ChatGLM3 calls one tool at a time."""
     type: Literal["function"]
+    """There are no others here."""
     function: CalledFunction
 
 
@@ -75,6 +79,7 @@ class Function(RequestBody):
     """A tool that the model may call."""
 
     name: ToolName
+    """No white space, and none of the characters < > |."""
     description: str | None = None
     """What the model is told of it."""
     parameters: JsonSchema | None = None
@@ -87,6 +92,7 @@ class Tool(RequestBody):
     """A tool, in OpenAI's form."""
 
     type: Literal["function"]
+    """There are no others here."""
     function: Function
 
 
@@ -94,12 +100,14 @@ class NamedFunction(RequestBody):
     """A tool's name."""
 
     name: str
+    """One of the tools of the request."""
 
 
 class NamedTool(RequestBody):
     """The tool that must be called."""
 
     type: Literal["function"]
+    """There are no others here."""
     function: NamedFunction
 
 

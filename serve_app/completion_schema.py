@@ -26,8 +26,11 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = Field(None, ge=0, le=20)
     """Report each token's logprob, and those of this many of the most probable ones."""
     echo: Literal[False] | None = None
+    """The prompt is not sent back."""
     best_of: Literal[1] | None = None
+    """Answers are not chosen among: ask for n."""
     suffix: None = None
+    """ChatGLM3 fills no gaps."""
 
     @model_validator(mode="after")
     def _asks_for_few(self) -> "CompletionRequest":

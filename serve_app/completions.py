@@ -9,10 +9,9 @@ from chatglm3.engines import Delta, Engine, FinishReason, TokenLogprob
 from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import completion_schema
-from serve_app.answers import Answer, EventStream, Json
+from serve_app.answers import STREAMS, Answer, EventStream, Json
 from serve_app.completion_schema import Completion, CompletionLogprobs, CompletionRequest
 from serve_app.disconnect import unless_gone
-from serve_app.errors import STREAMS
 from serve_app.logprobs import text_logprobs, token_text
 from serve_app.models import Models
 from serve_app.requests import guide_of, samplings

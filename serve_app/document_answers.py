@@ -24,7 +24,7 @@ from chatglm3.reply import ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
 from chatglm3.windows import Span
 from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Document, Fit, Match
-from serve_app.answers import EventStream
+from serve_app.answers import STREAMS, EventStream
 from serve_app.disconnect import unless_gone
 from serve_app.errors import api_error
 from serve_app.schema import Usage
@@ -107,7 +107,7 @@ def add_route(
     """Give `api` the route. `resolve` makes a model's name the adapter's, "" for the model itself, or raises ApiError;
     `observe` is called with each whole answer."""
 
-    @api.post("/v1/answer", response_model=AnswerBody)
+    @api.post("/v1/answer", response_model=AnswerBody, responses=STREAMS)
     async def answer(body: AnswerRequest, request: Request) -> Response | AnswerBody:
         """Answer a question from documents, and say where it stands in them."""
         max_tokens = body.max_tokens or min(DEFAULT_MAX_TOKENS, engine.context_length // 4)

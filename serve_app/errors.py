@@ -12,9 +12,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from chatglm3.engines import EngineError, PromptTooLong, RequestError, UnknownAdapter, UnusableAdapter
 from chatglm3.errors import ModelError
 
-STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-"""For the specification: a route whose answer may also be a stream of events."""
-
 log = logging.getLogger(__name__)
 
 

@@ -19,13 +19,16 @@ class TokenizeRequest(RequestBody):
     """A text or a conversation: one of the two."""
 
     model: str | None = None
+    """Any that is served: all have one tokenizer."""
     prompt: str | None = None
+    """A text."""
     messages: list[Message] | None = Field(None, min_length=1)
     tools: list[Tool] | None = Field(None, min_length=1)
     """Told to the model with the messages."""
     add_special_tokens: bool = True
     """Put ChatGLM3's prefix before a text; conversations always have it."""
     return_token_strs: bool | None = None
+    """Send each token as text too."""
 
     @model_validator(mode="after")
     def _is_one(self) -> "TokenizeRequest":
@@ -47,7 +50,9 @@ class DetokenizeRequest(RequestBody):
     """Ids of a text."""
 
     model: str | None = None
+    """Any that is served: all have one tokenizer."""
     tokens: Ids
+    """Ids past the vocabulary have no text."""
 
 
 class Text(ResponseBody):
