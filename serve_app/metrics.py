@@ -85,6 +85,7 @@ class PrometheusSink:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._collectors: dict[str, Counter | Gauge | Histogram] = {}
+        self._children: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}  # finding one takes as long as counting
         for item in INSTRUMENTS:
             name = PREFIX + item.name
             if item.kind == "histogram":
@@ -97,7 +98,10 @@ class PrometheusSink:
 
     def record(self, instrument: Instrument, value: float, labels: dict[str, str]) -> None:
         """See `Sink.record`."""
-        match self._collectors[instrument.name].labels(**labels):
+        place = (instrument.name, *map(labels.__getitem__, instrument.labels))
+        if place not in self._children:
+            self._children[place] = self._collectors[instrument.name].labels(**labels)
+        match self._children[place]:
             case Counter() as counter:
                 counter.inc(value)
             case Gauge() as gauge:

@@ -105,3 +105,4 @@ def test_the_route_says_that_it_shows_one_replica_of_several(service):
     text = httpx.get(f"{service.url}/metrics", headers={"Authorization": f"Bearer {service.free}"}).text
     assert text.startswith("# One replica's numbers; the next scrape may reach another.")
     assert httpx.get(f"{service.url}/metrics").status_code == 401
+    assert [httpx.get(f"{service.url}{path}").status_code for path in ("/healthz", "/")] == [200, 200]
