@@ -52,4 +52,8 @@ class StopTexts:
 
 def held_back(text: str, marks: Iterable[str]) -> int:
     """How many characters at the end of `text` may be the beginning of a mark."""
-    return max((size for mark in marks for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
+    # A mark may be long, what can be the beginning of it is not.
+    return max(
+        (size for mark in marks for size in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:size])),
+        default=0,
+    )

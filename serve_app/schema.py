@@ -46,7 +46,7 @@ def _listed(stop: object) -> object:
 
 
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1, max_length=1000)]],
     Field(max_length=4),
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
 ]

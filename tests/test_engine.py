@@ -313,6 +313,9 @@ def test_guides_that_cannot_be_followed_are_refused_and_harm_nobody(engine):
         ("json_schema", '{"a":' * 10_000 + "1" + "}" * 10_000): "too many levels",
         ("json_schema", '{"type": "integer", "multipleOf": 982451653}'): "fuel exhausted",
         ("grammar", "start: nothing"): "nothing",
+        ("grammar", 'start: %json {"minItems": 1000000000}'): "must not hold %json",
+        ("json_schema", '{"minItems": 1000000000}'): "sum up to 1e",
+        ("json_schema", json.dumps({"anyOf": [{"type": "array", "maxItems": 9000}] * 2})): "sum up to 18000",
     }
     for (kind, text), message in wrong.items():
         started = time.monotonic()

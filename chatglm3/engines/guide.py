@@ -13,11 +13,22 @@ from chatglm3.tokenizer import CONTROL_TOKENS, ChatGlmTokenizer
 
 MAX_TEXT = 2**16
 """Characters of a schema, a regular expression or a grammar."""
+MAX_ITEMS = 10_000
+"""Sum of the numbers of items that a schema names. llguidance builds a rule an item: a billion ends the process."""
 # As json.dumps writes it. Were any white space allowed, a model that is unsure would go on with it for ever.
-_JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,  # oneOf is followed as anyOf
+}
 # Half of llguidance's own: nothing that was tried then takes a fifth of a second to compile, or 30 ms for a mask.
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=500_000, step_lexer_fuel=100_000, max_grammar_size=100_000, verbose_errors=False
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=50_000,  # of 2 kB each
+    max_grammar_size=100_000,
+    verbose_errors=False,
 )
 
 
@@ -38,6 +49,8 @@ class Guide:
             raise RequestError(f"the {self.kind} is not valid Unicode: remove lone surrogates")
         if self.kind == "json_schema":
             _check_schema(self.text)
+        if self.kind == "grammar" and "%json" in self.text:
+            raise RequestError("a grammar must not hold %json: send the schema as json")
 
     def lark(self) -> str:
         """The whole answer in llguidance's Lark dialect, `after` and the spaces that the tokenizer adds included."""
@@ -60,15 +73,25 @@ class Guide:
 
 def _check_schema(text: str) -> None:
     try:
-        is_schema = isinstance(json.loads(text), dict)
+        schema = json.loads(text)
     except (ValueError, RecursionError):
-        is_schema = False
-    if not is_schema:
+        schema = None
+    if not isinstance(schema, dict):
         raise RequestError("the json_schema is no JSON object, or one of too many levels")
+    items, nodes = 0.0, [schema]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            items += sum(size for key in ("minItems", "maxItems") if isinstance(size := node.get(key), int | float))
+            nodes.extend(node.values())
+        elif isinstance(node, list):
+            nodes.extend(node)
+    if not items <= MAX_ITEMS:
+        raise RequestError(f"minItems and maxItems of the json_schema sum up to {items:g}, above {MAX_ITEMS}")
 
 
 def _json_body(schema: dict[str, Any]) -> str:
-    return f"%json {json.dumps(schema | {'x-guidance': _JSON_LAYOUT})}"
+    return f"%json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
 class GuideCompiler:
@@ -78,27 +101,24 @@ class GuideCompiler:
         self._tokenizer = LLTokenizer(
             TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.stop_ids)
         )
-        self._compiled: Callable[[str], LLMatcher] = lru_cache(64)(self._compile)
+        self._compiled: Callable[[Guide], LLMatcher] = lru_cache(16)(self._compile)
 
     def matcher(self, guide: Guide) -> LLMatcher:
         """A matcher at the start of an answer. RequestError if the guide is wrong, or more than llguidance can do."""
-        try:
-            return self._compiled(guide.lark()).deep_copy()
-        except RequestError as error:
-            raise RequestError(f"the {guide.kind} cannot be followed: {error}") from None
+        return self._compiled(guide).deep_copy()
 
-    def _compile(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+    def _compile(self, guide: Guide) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, guide.lark(), log_level=0, limits=LIMITS)
         matcher.compute_bitmask()  # finds what the compilation does not
-        raise_if_stuck(matcher)
+        raise_if_stuck(matcher, guide)
         return matcher
 
 
-def raise_if_stuck(matcher: LLMatcher) -> None:
-    """RequestError if the matcher cannot go on, in one line."""
+def raise_if_stuck(matcher: LLMatcher, guide: Guide) -> None:
+    """RequestError if the guide's matcher cannot go on, in one line."""
     if matcher.is_error():
-        reason = matcher.get_error().split("<state>")[0].split("\n\n")[0]
-        raise RequestError(" ".join(reason.split())[:200])
+        reason = matcher.get_error().split("<")[0].split("\n\n")[0]
+        raise RequestError(f"the {guide.kind} cannot be followed: {' '.join(reason.split())[:200]}")
 
 
 class _Vocabulary:

@@ -75,7 +75,7 @@ class _Request:
     text: TextStream
     random: Random
     matcher: LLMatcher | None
-    """Where its guide stands."""
+    """Where its guide stands, if it has one."""
     adapter: Adapter | None
     loop: asyncio.AbstractEventLoop
     deltas: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
@@ -307,8 +307,9 @@ class TransformersEngine:
 
     def _grown(self, request: _Request, token: int | None) -> tuple[str, FinishReason | None]:
         """Put `token` after the answer: what becomes readable, and whether that is all."""
-        if request.matcher:
-            raise_if_stuck(request.matcher)
+        guide, matcher = request.sampling.guide, request.matcher
+        if guide and matcher:
+            raise_if_stuck(matcher, guide)
         if token is None:
             raise ArithmeticError("the model's scores are not finite numbers")
         request.ids.append(token)
@@ -317,10 +318,10 @@ class TransformersEngine:
             return request.text.finish(), "stop"
         text = request.text.push([token])
         is_complete = request.text.stopped
-        if request.matcher:
-            request.matcher.consume_token(token)
-            raise_if_stuck(request.matcher)
-            is_complete = is_complete or request.matcher.is_stopped()
+        if guide and matcher:
+            matcher.consume_token(token)
+            raise_if_stuck(matcher, guide)
+            is_complete = is_complete or matcher.is_stopped()
         if is_complete:
             return text + request.text.finish(), "stop"
         if len(request.answer) == request.sampling.max_tokens:
