@@ -65,4 +65,4 @@ def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:
 
 
 def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-16-le"), np.uint16)
+    return np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)

@@ -2,13 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from chatglm3.engines import FinishReason
 from serve_app.schema import RequestBody, ResponseBody, Usage
 
 MOST_DOCUMENTS = 1000
 Match = Literal["exact", "near", "answer"] | None
+
+
+def _writable(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("is not valid Unicode: remove lone surrogates")
+    return text
 
 
 class Document(RequestBody):
@@ -18,7 +24,7 @@ class Document(RequestBody):
     """What stands in it; more than white space."""
     title: str | None = None
     """Put before the text, as its first line."""
-    id: str | None = None
+    id: Annotated[str, AfterValidator(_writable)] | None = None
     """Given back in citations."""
 
     @property

@@ -209,12 +209,19 @@ def _warn_of_open_door(args: AppArgs) -> None:
     serving = _get_global_client()
     assert serving, "a replica is part of a Serve instance"
     host = serving.http_config.host
-    if not args.api_keys and host and host != "localhost" and not ip_address(host).is_loopback:
+    if not args.api_keys and host and not _is_loopback(host):
         log.warning(
             "EVERYBODY WHO REACHES %s MAY USE THIS MODEL: it listens beyond this machine, without API keys. Make some "
             "(python -m serve_app keys add NAME --file FILE) and give api_keys: FILE, or listen on 127.0.0.1",
             host,
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _facts(folder: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import orjson
@@ -16,7 +17,7 @@ from chatglm3.answer_stream import AnswerStream, Piece
 from chatglm3.bm25 import likeliest_first
 from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.documents import DocumentAnswer, documents_prompt, format_digest, seed_prompt
-from chatglm3.engines import Delta, Engine, EngineError, FinishReason, PromptTooLong, Sampling
+from chatglm3.engines import Delta, Engine, EngineError, FinishReason, Sampling
 from chatglm3.errors import ModelError
 from chatglm3.fitting import NUMBERING, Part, fit_documents
 from chatglm3.quotations import find_answer, find_quotation
@@ -26,7 +27,7 @@ from chatglm3.windows import Span
 from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Document, Fit, Match
 from serve_app.answers import STREAMS, EventStream
 from serve_app.disconnect import unless_gone
-from serve_app.errors import api_error
+from serve_app.errors import ApiError, api_error
 from serve_app.schema import Usage
 
 log = logging.getLogger(__name__)
@@ -62,24 +63,28 @@ class Reader:
     def prompt(self, body: AnswerRequest, limit: int) -> tuple[list[int], list[Part]]:
         """A prompt of at most `limit` tokens, and the parts of `shown` documents in it.
 
-        PromptTooLong if the question leaves no room for a document.
+        ApiError if the question leaves no room for a document.
         """
-        limit = min(limit, self.max_prompt_tokens or limit)
+        limit = max(0, min(limit, self.max_prompt_tokens or limit))
         documents = [document.shown for document in body.documents]
-        offered = documents
+        offered, count = documents, cache(self._count)
+        without = len(self._ids([], body.question))
         if self.style == "single":
             best = likeliest_first(body.question, documents)[0]
             offered = [text if index == best else "" for index, text in enumerate(documents)]
-        without = len(self._ids([], body.question))
-        # Where texts are joined there may be a token more than in each alone: then a little less room is tried.
-        for room in range(limit - without, 0, -NUMBERING):
-            parts = [part for part in fit_documents(body.question, offered, room, self._count) if part.start < part.end]
+        room = limit - without
+        while parts := [part for part in fit_documents(body.question, offered, room, count) if part.start < part.end]:
             ids = self._ids([documents[part.index][part.start : part.end] for part in parts], body.question)
-            if parts and len(ids) <= limit:
+            if len(ids) <= limit:
                 return ids, parts
-        raise PromptTooLong(
-            f"the question takes {without} of the {limit} tokens of a prompt and leaves no room for a document; "
-            f"shorten it or send a smaller max_tokens"
+            # Where texts are joined there may be a token more than in each alone.
+            room -= max(NUMBERING, len(ids) - limit)
+        raise ApiError(
+            400,
+            f"the question takes {without} of {limit} tokens that a prompt may have here, which leaves no room for a "
+            f"document; shorten it, or send a smaller max_tokens",
+            param="question",
+            code="context_length_exceeded",
         )
 
     def _count(self, text: str) -> int:

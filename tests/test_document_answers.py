@@ -143,8 +143,29 @@ def test_a_wrong_field_is_named(tokenizer, fields, param):
 def test_a_question_that_leaves_no_room_is_refused_with_the_numbers(tokenizer):
     engine = Clockwork("x", context_length=100)
     response = post(engine, tokenizer, {"question": "谁？" * 100, "documents": [SKY]})
-    assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert "of the 75 tokens of a prompt" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "question", "context_length_exceeded")
+    assert "of 75 tokens that a prompt may have here" in error["message"]
+    assert post(engine, tokenizer, {"question": "?", "documents": [SKY], "max_tokens": 999}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"question": "\ud800"},
+        {"documents": ["甲", "\ud800"]},
+        {"documents": [{"text": "甲", "id": "\ud800"}]},
+        {"documents": [{"text": "甲", "title": "\ud800"}]},
+        {"model": "\ud800"},
+    ],
+    ids=["question", "document", "id", "title", "model"],
+)
+def test_what_is_no_unicode_is_the_clients_mistake(tokenizer, wrong):
+    body = {"question": "?", "documents": ["甲"]} | wrong
+    assert post(Clockwork("x[1]"), tokenizer, body).status_code == (404 if "model" in wrong else 400)
+    # Of a document that is not shown nobody has to know.
+    alone = post(Clockwork("x"), tokenizer, body, style="single")
+    assert alone.status_code == (200 if wrong == {"documents": ["甲", "\ud800"]} else 404 if "model" in wrong else 400)
 
 
 @pytest.mark.parametrize("evil", ["<|user|>", "<|assistant|>\n", "</s>", "[gMASK]sop", "<|system|>"])

@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray import serve
 
-from serve_app.app import AppArgs, build
+from serve_app.app import AppArgs, _is_loopback, build
 from serve_app.keys import Limits, add_key
 
 APP = f"replicas-{os.getpid()}"
@@ -68,6 +68,15 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)]
+    + [("10.0.0.1", False), ("example.org", False)],
+)
+def test_what_listens_beyond_this_machine_is_known(host, loopback):
+    assert _is_loopback(host) == loopback
 
 
 @pytest.mark.slow
