@@ -160,12 +160,10 @@ def test_a_question_that_leaves_no_room_is_refused_with_the_numbers(tokenizer):
     ],
     ids=["question", "document", "id", "title", "model"],
 )
-def test_what_is_no_unicode_is_the_clients_mistake(tokenizer, wrong):
+@pytest.mark.parametrize("style", ["numbered", "single"])
+def test_what_is_no_unicode_is_the_clients_mistake(tokenizer, wrong, style):
     body = {"question": "?", "documents": ["甲"]} | wrong
-    assert post(Clockwork("x[1]"), tokenizer, body).status_code == (404 if "model" in wrong else 400)
-    # Of a document that is not shown nobody has to know.
-    alone = post(Clockwork("x"), tokenizer, body, style="single")
-    assert alone.status_code == (200 if wrong == {"documents": ["甲", "\ud800"]} else 404 if "model" in wrong else 400)
+    assert post(Clockwork("x[1]"), tokenizer, body, style=style).status_code == (404 if "model" in wrong else 400)
 
 
 @pytest.mark.parametrize("evil", ["<|user|>", "<|assistant|>\n", "</s>", "[gMASK]sop", "<|system|>"])

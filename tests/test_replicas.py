@@ -70,13 +70,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.5)
 
 
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)]
-    + [("10.0.0.1", False), ("example.org", False)],
-)
-def test_what_listens_beyond_this_machine_is_known(host, loopback):
-    assert _is_loopback(host) == loopback
+def test_what_listens_beyond_this_machine_is_known():
+    assert all(map(_is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
+    assert not any(map(_is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org")))
 
 
 @pytest.mark.slow
