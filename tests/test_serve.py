@@ -28,6 +28,7 @@ from ray.serve.schema import ServeDeploySchema
 from chatglm3 import load_model, load_tokenizer
 from cluster.storage import Receipt, publish
 from serve_app.app import AppArgs, build
+from tests.test_row_adapters import KINDS, write_adapter
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "serve_app" / "serve.yaml"
@@ -59,7 +60,9 @@ def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFacto
     config = yaml.safe_load(CONFIG.read_text())
     config["http_options"]["port"] = port
     [application] = config["applications"]
-    application |= {"name": APP, "args": {"model": str(endless), "name": "tiny"}}
+    shelf = tmp_path_factory.mktemp("shelf")
+    write_adapter(endless, shelf / "other", seed=1, **KINDS["everything"])
+    application |= {"name": APP, "args": {"model": str(endless), "name": "tiny", "adapter_dir": str(shelf)}}
     [deployment] = application["deployments"]
     deployment["autoscaling_config"] |= {"target_ongoing_requests": 2, "upscale_delay_s": 1}
     deployment |= {"max_ongoing_requests": 4, "max_queued_requests": 4}
@@ -124,6 +127,15 @@ def test_the_openai_client_streams_and_does_not(client):
     ]
     first, second, other = [answer.choices[0].message.content for answer in seeded]
     assert first == second != other
+
+
+def test_an_adapter_is_asked_by_its_name(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "other"]
+    plain, other, again = [
+        client.chat.completions.create(model=model, messages=QUESTION, max_tokens=9, logprobs=True).choices[0].logprobs
+        for model in ("tiny", "other", "tiny")
+    ]
+    assert plain == again != other
 
 
 def test_errors_keep_their_shape_and_answers_carry_a_request_id(client, url):

@@ -23,7 +23,7 @@ from chatglm3.engines import AdapterFolders, UnusableAdapter
 from chatglm3.errors import ModelError
 
 MAX_LOADED = 16
-"""Adapters that stay in memory when nothing asks for them; one of rank 8 on ChatGLM3-6B's attention has 16 MB."""
+"""Adapters that stay in memory when nothing asks for them; one of rank 8 on ChatGLM3-6B's attention has 11 MB."""
 _PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
 
