@@ -8,6 +8,7 @@ from chatglm3.chat import PromptFormat
 from chatglm3.engines import AdapterFolders
 from chatglm3.errors import ModelError
 from cluster.storage import read_receipt
+from serve_app.document_answers import DocumentStyle, document_style
 
 
 def named(adapters: Any) -> Any:
@@ -20,11 +21,13 @@ def named(adapters: Any) -> Any:
     return {name: folder for name, _, folder in pairs}
 
 
-def check_adapters(adapters: Mapping[str, str], shelf: str, prompt_format: PromptFormat) -> dict[str, Any]:
+def check_adapters(
+    adapters: Mapping[str, str], shelf: str, prompt_format: PromptFormat, style: DocumentStyle = "numbered"
+) -> dict[str, Any]:
     """`adapters` and `adapter_dir` with absolute paths: said once, before replicas start.
 
-    ModelError if a folder is not there, or if an adapter was taught another prompt format than the model's, in which
-    all of them are asked.
+    ModelError if a folder is not there, or if an adapter was taught another prompt format or to read documents in
+    another `style` than the model, as which all of them are asked.
     """
     if shelf and not Path(shelf).is_dir():
         raise ModelError(f"adapter_dir {shelf} is not a folder: give the one that holds the adapters' folders")
@@ -34,6 +37,11 @@ def check_adapters(adapters: Mapping[str, str], shelf: str, prompt_format: Promp
         if not (folder / "adapter_config.json").is_file():
             raise ModelError(f"adapter {name}: {folder} holds no adapter_config.json: give the folder that train wrote")
         receipt = read_receipt(folder)
+        if receipt and "preset" in receipt.facts and document_style(receipt.facts, str(folder)) != style:
+            raise ModelError(
+                f"adapter {name}: {folder} was taught to read documents otherwise than the model (its preset is "
+                f"{receipt.facts['preset']}): merge it, and serve it as a model of its own"
+            )
         taught = receipt.facts.get("prompt_format", prompt_format) if receipt else prompt_format
         if taught != prompt_format:
             raise ModelError(

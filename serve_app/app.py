@@ -87,9 +87,10 @@ def build(args: AppArgs) -> Application:
         read_config(folder)
         open_weights(folder)
         load_tokenizer(folder)
-        document_style(_facts(folder), args.model)
+        facts = _facts(folder)
+        style = document_style(facts, args.model)
         files = front.check_files(args)
-        adapters = check_adapters(args.adapters, args.adapter_dir, _facts(folder).get("prompt_format", "chat"))
+        adapters = check_adapters(args.adapters, args.adapter_dir, facts.get("prompt_format", "chat"), style)
     except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.

@@ -23,6 +23,8 @@ from chatglm3.fitting import Part, fit_documents
 from chatglm3.quotations import Quotation, find_answer, find_quotation
 from chatglm3.tokenizer import ChatGlmTokenizer
 from chatglm3.windows import sentences
+from cluster.storage import Receipt, publish
+from serve_app.adapter_args import check_adapters
 from serve_app.answer_schema import AnswerRequest, Cut
 from serve_app.document_answers import Reader, cite, document_style, fit_report
 from serve_app.routes import make_api
@@ -335,3 +337,28 @@ async def _ask(api: Any) -> dict[str, Any]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://x") as client:
         body = {"question": "天？", "documents": [SKY, GRASS], "max_tokens": 12}
         return dict((await client.post("/v1/answer", json=body)).json())
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (
+            {"preset": "seed", "prompt_digest": format_digest()},
+            r"taught to read documents otherwise .*its preset is seed",
+        ),
+        ({"preset": "multidoc", "prompt_digest": "of another version"}, "tuned on another wording"),
+        ({"preset": "multidoc", "prompt_digest": format_digest()}, None),
+    ],
+)
+def test_an_adapter_that_reads_documents_otherwise_is_refused(tmp_path, facts, message):
+    with publish(tmp_path / "a", Receipt("train", {}, facts=facts)) as folder:
+        (folder / "adapter_config.json").write_text("{}")
+    if message is None:
+        assert check_adapters({"a": str(tmp_path / "a")}, "", "chat")["adapters"] == {"a": str(tmp_path / "a")}
+        return
+    with pytest.raises(ModelError, match=message) as error:
+        check_adapters({"a": str(tmp_path / "a")}, "", "chat")
+    assert "\n" not in str(error.value)
