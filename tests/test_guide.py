@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from chatglm3.engines.guide import Guide, GuideCompiler, _Vocabulary
+from chatglm3.engines.guide import Guide, GuideCompiler, Vocabulary
 from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
 
 TEXTS = [
@@ -45,7 +45,7 @@ def follows(matcher: LLMatcher, ids: list[int]) -> bool:
 
 
 def test_the_bytes_of_a_text_s_tokens_are_its_own(official, shared):
-    tokens = _Vocabulary(official).tokens
+    tokens = Vocabulary(official).tokens
     cases = (shared / "chatglm3/tokenizer_cases.jsonl").read_text(encoding="utf-8").splitlines()
     texts = TEXTS + [json.loads(case)["text"] for case in cases]
     exact = [text for text in texts if official.decode(official.encode(text)) == text and "▁" not in text]
@@ -55,7 +55,7 @@ def test_the_bytes_of_a_text_s_tokens_are_its_own(official, shared):
 
 
 def test_inside_an_answer_text_is_encoded_without_the_space_that_begins_one(official):
-    vocabulary = _Vocabulary(official)
+    vocabulary = Vocabulary(official)
     assert vocabulary("北京".encode()) == official.encode("\n北京")[2:]
     for text in TEXTS[:6]:
         assert b"".join([vocabulary.tokens[token] for token in vocabulary(text.encode())]) == text.encode()

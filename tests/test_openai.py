@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,6 +98,25 @@ def test_choices_are_streamed_side_by_side(client):
         assert [part.finish_reason for part in own if part.finish_reason] == [choice.finish_reason]
     order = [part.index for part in parts if part.delta.content]
     assert order != sorted(order)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_a_client_that_goes_away_ends_all_its_choices(url, engine, stream):
+    form = {"regex": r"\p{Han}{1500}"}
+    body = {"model": "tiny", "messages": QUESTION, "n": 3, "max_tokens": 1800, "structured_outputs": form}
+
+    async def leave() -> float:
+        async with httpx.AsyncClient() as client:
+            job = asyncio.create_task(client.post(f"{url}/v1/chat/completions", json=body | {"stream": stream}))
+            while len(engine.running) < 3:
+                await asyncio.sleep(0.001)
+            job.cancel()
+        started = time.monotonic()
+        while engine.running:
+            await asyncio.sleep(0.001)
+        return time.monotonic() - started
+
+    assert asyncio.run(leave()) < 0.5
 
 
 def test_a_stop_text_ends_one_choice_and_not_the_others(client):

@@ -99,7 +99,7 @@ class GuideCompiler:
 
     def __init__(self, tokenizer: ChatGlmTokenizer) -> None:
         self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.stop_ids)
+            TokenizerWrapper(Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.stop_ids)
         )
         self._compiled: Callable[[Guide], LLMatcher] = lru_cache(16)(self._compile)
 
@@ -121,7 +121,7 @@ def raise_if_stuck(matcher: LLMatcher, guide: Guide) -> None:
         raise RequestError(f"the {guide.kind} cannot be followed: {' '.join(reason.split())[:200]}")
 
 
-class _Vocabulary:
+class Vocabulary:
     """What llguidance must know of a tokenizer: the bytes of each token, and how text is encoded inside an answer."""
 
     def __init__(self, tokenizer: ChatGlmTokenizer) -> None:

@@ -61,7 +61,8 @@ class RowAdapters:
         self._model = model
         self._folders = folders
         self._loading = threading.Lock()
-        self._loaded: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
+        self.loaded: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
+        """By folder and the time it was written; the one that was asked for last stands last."""
         self._groups: list[tuple[Adapter, torch.Tensor | slice]] = []
         self._layers = {
             f"model.{name}": layer for name, layer in model.model.named_modules() if isinstance(layer, torch.nn.Linear)
@@ -93,13 +94,13 @@ class RowAdapters:
             self._groups.append((adapter, its_rows))
 
     def _kept(self, key: tuple[str, int], folder: Path) -> Adapter:
-        if key not in self._loaded:
-            self._loaded[key] = self._read(folder)
+        if key not in self.loaded:
+            self.loaded[key] = self._read(folder)
             log.info("adapter %s loaded", folder)
-        self._loaded.move_to_end(key)
-        while len(self._loaded) > MAX_LOADED:
-            self._loaded.popitem(last=False)  # requests under way hold on to it
-        return self._loaded[key]
+        self.loaded.move_to_end(key)
+        while len(self.loaded) > MAX_LOADED:
+            self.loaded.popitem(last=False)  # requests under way hold on to it
+        return self.loaded[key]
 
     @torch.inference_mode()
     def _read(self, folder: Path) -> Adapter:
