@@ -15,6 +15,9 @@ MAX_TEXT = 2**16
 """Characters of a schema, a regular expression or a grammar."""
 MAX_ITEMS = 10_000
 """Sum of the numbers of items that a schema names. llguidance builds a rule an item: a billion ends the process."""
+# Where only one text can come, llguidance would have it encoded, and allow these tokens alone. Encoding puts a space
+# before it, which cannot come: nothing would be allowed. So every way to write the text is, and the model chooses.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 # As json.dumps writes it. Were any white space allowed, a model that is unsure would go on with it for ever.
 _JSON_OPTIONS = {
     "whitespace_flexible": False,
@@ -56,7 +59,7 @@ class Guide:
         """The whole answer in llguidance's Lark dialect, `after` and the spaces that the tokenizer adds included."""
         # Each text of a conversation is encoded with a space before it, which decoding takes off again.
         lead = f'" "? {json.dumps(self.after)} " "?' if self.after else '" "?'
-        return f"start: {lead} body\nbody: {self._body()}\n"
+        return f"{_OPTIONS}\nstart: {lead} body\nbody: {self._body()}\n"
 
     def _body(self) -> str:
         match self.kind:
@@ -122,7 +125,7 @@ def raise_if_stuck(matcher: LLMatcher, guide: Guide) -> None:
 
 
 class Vocabulary:
-    """What llguidance must know of a tokenizer: the bytes of each token, and how text is encoded inside an answer."""
+    """What llguidance must know of a tokenizer: the bytes of each token."""
 
     def __init__(self, tokenizer: ChatGlmTokenizer) -> None:
         pieces = [tokenizer.piece(token_id) for token_id in range(tokenizer.vocab_size)]
@@ -140,6 +143,5 @@ class Vocabulary:
         self._encode = tokenizer.encode
 
     def __call__(self, text: bytes) -> list[int]:
-        """Ids of a text that continues another, so without the space that encoding puts before every text."""
-        # No piece has a newline in it: what comes after one is encoded as if it stood alone, but without that space.
-        return self._encode("\n" + text.decode())[2:]
+        """Ids of a text; llguidance asks for them only where it forces tokens."""
+        return self._encode(text.decode())
