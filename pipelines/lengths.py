@@ -7,10 +7,10 @@ from typing import Protocol
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import render
+from chatglm3.fitting import NUMBERING
 from chatglm3.windows import window
 
 SHORTEST_DOCUMENT = 32  # tokens; a document that would be cut below this is left out instead
-NUMBERING = 6  # tokens at most of `[12] ` before a document and the line end after it
 
 
 class Tokenizer(Protocol):

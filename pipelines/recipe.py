@@ -11,8 +11,9 @@ from typing import Any, Literal
 from chatglm3.bm25 import bm25, plain_text
 from chatglm3.chat import render
 from chatglm3.documents import REFUSAL, cited_answer, documents_prompt, seed_prompt
+from chatglm3.fitting import NUMBERING
 from pipelines.cleaning import Candidate, digest, usable_distractors
-from pipelines.lengths import NUMBERING, SHORTEST_DOCUMENT, Document, Ruler, fit
+from pipelines.lengths import SHORTEST_DOCUMENT, Document, Ruler, fit
 from pipelines.quotes import find_answer, find_quote
 from pipelines.shards import Conversation, Sample
 

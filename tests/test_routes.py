@@ -3,18 +3,15 @@
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
-import uvicorn
-from fastapi import FastAPI
 
 from chatglm3 import load_model, load_tokenizer, prompt_ids
 from chatglm3.engines import AdapterFolders, Delta, EngineError, Load, Sampling, complete
@@ -22,25 +19,10 @@ from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.reply import parse_reply
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app.routes import MAX_BODY_BYTES, make_api
+from tests.http_server import served
 
 QUESTION = [{"role": "user", "content": "北京的人口是多少？"}]
 ANSWER_TOKENS = 1500
-
-
-@contextmanager
-def served(api: FastAPI) -> Iterator[str]:
-    """The API on a free port of a real server; its URL."""
-    server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +160,11 @@ def test_the_model_is_listed_under_its_name(client):
 
 def test_the_specification_says_what_is_taken(url):
     schemas = httpx.get(f"{url}/openapi.json").json()["components"]["schemas"]
-    assert [kind["type"] for kind in schemas["Message"]["properties"]["content"]["anyOf"]] == ["string", "array", "null"]
+    assert [kind["type"] for kind in schemas["Message"]["properties"]["content"]["anyOf"]] == [
+        "string",
+        "array",
+        "null",
+    ]
     assert schemas["ChatRequest"]["additionalProperties"] is False
 
 
