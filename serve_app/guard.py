@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -44,21 +45,33 @@ class Guard:
         try:
             key = self._authenticated(scope)
             record.key = key.name if key else ""
-            # Only what asks the model to write counts; a scrape of /metrics must not use up anything.
-            counted = key if scope["method"] == "POST" else None
-            self._refuse_beyond(self._max_inflight)
-            headers = await self._admitted(counted)
+            with self._place():
+                # Only what asks the model to write counts; a scrape of /metrics must not use up anything.
+                await self._counted(key if scope["method"] == "POST" else None, scope, receive, send, record)
         except ApiError as error:
             record.rejected = str(error.body["error"]["code"])
-            return await _respond(error, scope, receive, send)
+            await _respond(error, scope, receive, send)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._max_inflight and self._inflight >= self._max_inflight:
+            raise ApiError(503, "the server is busy; try again", code="overloaded", headers={"Retry-After": "1"})
         self._inflight += 1
+        try:
+            yield
+        finally:
+            self._inflight -= 1
+
+    async def _counted(
+        self, key: Key | None, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+    ) -> None:
+        headers = await self._admitted(key)
         try:
             await self._in_time(scope, receive, _with_headers(send, headers), record)
         finally:
-            self._inflight -= 1
-            if counted and (tokens := record.prompt_tokens + record.completion_tokens):
+            if key and (tokens := record.prompt_tokens + record.completion_tokens):
                 # Shielded: a client that goes away must not get its tokens for nothing.
-                await asyncio.shield(self._ledger.charge(counted.name, counted.limits, tokens))
+                await asyncio.shield(self._ledger.charge(key.name, key.limits, tokens))
 
     def _authenticated(self, scope: Scope) -> Key | None:
         if self._keys is None:
@@ -73,10 +86,6 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         return key
-
-    def _refuse_beyond(self, limit: int) -> None:
-        if limit and self._inflight >= limit:
-            raise ApiError(503, "the server is busy; try again", code="overloaded", headers={"Retry-After": "1"})
 
     async def _admitted(self, key: Key | None) -> dict[str, str]:
         """Headers that tell the client how it stands. ApiError if its limits are used up."""

@@ -47,7 +47,8 @@ REQUEST = Instrument(
 PROMPT_TOKENS = Instrument("counter", "prompt_tokens", "Tokens of prompts.")
 GENERATION_TOKENS = Instrument("counter", "generation_tokens", "Tokens of answers.")
 FINISHED = Instrument(
-    "counter", "request_success", "Generations that ended, by how: stop, length, abort (the client left) or error.",
+    "counter", "request_success",
+    "Generations that ended, by how: stop, length, error, or abort (the client left, or its stop text came).",
     ("model", "finished_reason"),
 )  # fmt: skip
 RUNNING = Instrument("gauge", "num_requests_running", "Requests that the engine answers now.")
