@@ -1,0 +1,115 @@
+"""A Ray cluster of a head and two workers on this machine, its memory in Redis, as KubeRay's pods would be."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.chaos import end_tree, free_port
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Nodes:
+    """The processes of a cluster, and where it is."""
+
+    env: dict[str, str]
+    """Of people, jobs and pods."""
+    redis: str
+    gcs_port: int
+    dashboard_port: int
+    folder: str
+    head: subprocess.Popen[bytes] | None = None
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start_head(self) -> None:
+        """Start the head, without CPUs, as the manifests have it."""
+        options = [f"--port={self.gcs_port}", f"--dashboard-port={self.dashboard_port}", "--num-cpus=0"]
+        options += [f"--temp-dir={self.folder}", f"--ray-client-server-port={free_port()}"]
+        # What KubeRay makes of gcsFaultToleranceOptions.
+        storage = {"RAY_REDIS_ADDRESS": self.redis, "RAY_external_storage_namespace": "tests"}
+        self.head = self._start(["--head", *options, f"--redis-password={PASSWORD}"], storage)
+
+    def start_worker(self) -> None:
+        """Start a worker with four of Ray's CPUs."""
+        patience = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        self.workers.append(self._start([f"--address=127.0.0.1:{self.gcs_port}", "--num-cpus=4"], patience))
+
+    def command(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """A command of a person or a pod beside the cluster."""
+        command, env = [str(BIN / words[0]), *words[1:]], self.env | env
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+    def alive(self) -> int:
+        """How many nodes there are."""
+        listed = self.command("ray", "list", "nodes", "--filter", "state=ALIVE", "--format", "json").stdout
+        return len(json.loads(listed or "[]"))
+
+    def kill_gcs(self) -> None:
+        """SIGKILL to the head's GCS, with which the head ends."""
+        assert self.head
+        below = psutil.Process(self.head.pid).children(recursive=True)
+        [gcs] = [process for process in below if "gcs_server" in process.name()]
+        gcs.kill()
+        self.head.wait(60)
+        for process in below:  # the pod is gone, and all that was in it
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        Path(self.folder, "ray_current_cluster").unlink()
+
+    def _start(self, options: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        common = ["--block", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+        common.append(f"--dashboard-agent-listen-port={free_port()}")
+        env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"} | env
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([str(BIN / "ray"), "start", *options, *common], env=env, **quiet)
+
+
+PASSWORD = "of-the-tests"
+
+
+@contextmanager
+def three_nodes() -> Iterator[Nodes]:
+    """A head and two workers, ready."""
+    redis_port, gcs_port, dashboard_port = free_port(), free_port(), free_port()
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    env |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
+    env |= {"RAY_health_check_failure_threshold": "3"}
+    address = f"http://127.0.0.1:{dashboard_port}"
+    env |= {"RAY_ADDRESS": address, "RAY_DASHBOARD_ADDRESS": address}
+    nodes = Nodes(env, f"127.0.0.1:{redis_port}", gcs_port, dashboard_port, tempfile.mkdtemp(prefix="rk"))
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = ["redis-server", "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "", "--requirepass", PASSWORD]
+    redis = subprocess.Popen(server, **quiet)
+    try:
+        nodes.start_head()
+        wait_for(lambda: nodes.command("ray", "job", "list").returncode == 0, 90)
+        for number in (2, 3):  # one after the other: both at once have been seen to take the same ports
+            nodes.start_worker()
+            wait_for(lambda number=number: nodes.alive() == number, 60)
+        yield nodes
+    finally:
+        for process in [*nodes.workers, nodes.head, redis]:
+            if process:
+                end_tree(process.pid)
+                process.wait()
+        shutil.rmtree(nodes.folder, ignore_errors=True)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, explain: Callable[[], object] = str) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.5)
