@@ -31,7 +31,7 @@ class Service:
     audit: Path
 
     def ask(self, key: str, **fields: object) -> httpx.Response:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 5} | fields
+        body = {"model": APP, "messages": [{"role": "user", "content": "你好"}], "max_tokens": 5} | fields
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
@@ -45,7 +45,7 @@ def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = AppArgs(model="tiny", api_keys=str(folder / "keys"), audit_log=str(folder / "audit"))
+    args = AppArgs(model="tiny", name=APP, api_keys=str(folder / "keys"), audit_log=str(folder / "audit"))
     config = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
     application = build(args)
     application._bound_deployment = application._bound_deployment.options(**config)
@@ -56,10 +56,11 @@ def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def numbers_of_ray() -> list[tuple[str, str, float]]:
-    """(metric, replica, value) of everything of ours that Ray's agent on this node shows."""
+    """(metric, replica, value) of everything of this application that Ray's agent on this node shows."""
     node = ray.nodes()[0]
     text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
-    found = re.findall(r'^ray_chatglm3_(\w+)\{.*replica="(\w+)".*\} (\S+)$', text, re.MULTILINE)
+    series = rf'^ray_chatglm3_(\w+)\{{.*model="{APP}".*replica="(\w+)".*\}} (\S+)$'
+    found = re.findall(series, text, re.MULTILINE)
     return [(name, replica, float(value)) for name, replica, value in found]
 
 
