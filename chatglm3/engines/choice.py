@@ -1,0 +1,36 @@
+"""Which engine is the right one for a folder on this machine."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from chatglm3.errors import ModelError
+from chatglm3.folder import model_folder, read_json
+
+
+def choose_engine(folder: str | Path) -> tuple[str, str]:
+    """Name of the engine that `auto` stands for, and why."""
+    if not torch.cuda.is_available():
+        return "transformers", "as there is no GPU here"
+    if find_spec("vllm") is None:
+        return "transformers", "as vLLM is not installed; it is several times as fast"
+    try:
+        path = native_folder(folder)
+    except ModelError as error:
+        return "transformers", str(error)
+    method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+    if method == "bitsandbytes":
+        return "transformers", "as bitsandbytes formats are not for vLLM; merge --format fp8 or w4a16 are"
+    return "vllm", "the fastest on a GPU"
+
+
+def native_folder(folder: str | Path) -> Path:
+    """The folder, if vLLM can read it. ModelError for an official download."""
+    path = model_folder(folder)
+    if read_json(path / "config.json").get("model_type") != "glm" or not (path / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder} is not in the layout that vLLM reads; convert it once: "
+            f"python -m pipelines merge --base {folder} --format bf16 --out DIR"
+        )
+    return path

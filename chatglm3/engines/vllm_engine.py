@@ -1,0 +1,268 @@
+"""The production engine: vLLM, with paged attention, chunked prompts, a prefix cache and, if told to, speculation.
+
+vLLM draws the tokens, in a process of its own. Text, stop texts, guides and adapters are made of the same parts as in
+the embedded engine, so that both answer alike. It runs in the event loop that asks it first.
+"""
+
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from chatglm3.adapters import native_adapter
+from chatglm3.checkpoint import read_config
+from chatglm3.engines import (
+    AdapterFolders,
+    Delta,
+    DtypeName,
+    EngineError,
+    FinishReason,
+    Load,
+    Sampling,
+    TokenLogprob,
+)
+from chatglm3.engines.choice import native_folder
+from chatglm3.engines.guide import GuideCompiler
+from chatglm3.engines.request_check import check_request
+from chatglm3.engines.request_errors import RequestError, UnusableAdapter
+from chatglm3.errors import ModelError
+from chatglm3.folder import read_json
+from chatglm3.stream import TextStream
+from chatglm3.tokenizer import load_tokenizer
+
+# Read when vLLM is imported: it reports its use to nobody, and leaves the log of this process alone.
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+
+from vllm import SamplingParams
+from vllm.config import StructuredOutputsConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of which vLLM wants its limit to be one
+# Answers from documents repeat their words: what followed the last few tokens before is what they go on with.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+
+# Compiling for a CPU takes a minute. And a request with a seed whose prompt is read in chunks ends vLLM 0.32 there:
+# "CPU Generator does not use offset".
+CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
+
+log = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """vLLM over a folder that the merge stage wrote, in any of its formats that vLLM can run."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: DtypeName = "auto",
+        max_batch: int = 32,
+        adapters: AdapterFolders | None = None,
+        speculate: bool = False,
+        on_fatal: Callable[[], object] | None = None,
+    ) -> None:
+        """Load the model. ModelError if vLLM cannot run this folder."""
+        self._folder = native_folder(folder)
+        self._config = read_config(self._folder)
+        self._tokenizer = load_tokenizer(self._folder)
+        self._guides = GuideCompiler(self._tokenizer)
+        self._stats = _Stats()
+        self._loaded: dict[tuple[Path, int], LoRARequest] = {}
+        self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
+        self._on_fatal = on_fatal
+        self.adapters = adapters or AdapterFolders()
+        self.context_length: int = self._config.max_position_embeddings
+        arguments = AsyncEngineArgs(
+            model=str(self._folder),
+            dtype=_dtype(dtype),
+            max_num_seqs=max_batch,
+            max_model_len=self.context_length,
+            structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+            speculative_config=dict(NGRAM) if speculate else None,
+            disable_log_stats=True,
+            **({} if torch.cuda.is_available() else CPU),
+            **self._lora_arguments(),
+        )
+        try:
+            self._llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda *_: self._stats])
+        except Exception as error:
+            raise ModelError(f"{folder}: vLLM cannot run it ({_line(error)}); engine=transformers can") from error
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the process that owns the model runs."""
+        return not self._llm.errored
+
+    @property
+    def load(self) -> Load:
+        """What it has to do; see `Engine.load`."""
+        return self._stats.load(self._llm.get_num_queued_tokens())
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """Load the adapter, compile the guide; see `Engine.prepare`."""
+        await self._adapter(sampling.adapter)
+        if sampling.guide:
+            self._guides.matcher(sampling.guide)
+
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """Yield pieces of the answer; see `Engine.generate`."""
+        if self._llm.errored:
+            raise EngineError("the engine died")
+        check_request(prompt_ids, sampling, self._config.vocab_size, self.context_length)
+        return self._stream(prompt_ids, sampling)
+
+    def close(self) -> None:
+        """End vLLM's process; requests under way get EngineError."""
+        self._llm.shutdown(timeout=0)
+        self._converted.cleanup()
+
+    async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        await self.prepare(sampling)
+        text = TextStream(self._tokenizer, sampling.stop)
+        try:
+            outputs = self._llm.generate(
+                tokens_input(prompt_ids),
+                _params(sampling, self._tokenizer.stop_ids),
+                uuid.uuid4().hex,
+                lora_request=await self._adapter(sampling.adapter),
+            )
+            async with aclosing(outputs):  # which aborts the request
+                async for output in outputs:
+                    delta = self._delta(output.outputs[0], text, sampling.logprobs or 0)
+                    yield delta
+                    if delta.finish_reason:
+                        return
+        except VLLMClientError as error:
+            raise RequestError(_line(error)) from error
+        except EngineDeadError as error:
+            log.critical("vLLM's process died; this one should end")
+            if self._on_fatal is not None:
+                self._on_fatal()
+            raise EngineError("the engine died") from error
+        except EngineGenerateError as error:
+            raise EngineError(f"this request failed: {_line(error.__cause__ or error)}") from error
+
+    def _delta(self, output: CompletionOutput, text: TextStream, num_top: int) -> Delta:
+        """The piece of the answer that these tokens make, up to a stop token or text among them."""
+        if output.finish_reason in ("abort", "error"):
+            raise EngineError("vLLM ended this request")
+        piece, used, stopped = "", 0, False
+        while used < len(output.token_ids) and not stopped:
+            token = output.token_ids[used]
+            used += 1
+            if token not in self._tokenizer.stop_ids:
+                piece += text.push([token])
+            stopped = text.stopped or token in self._tokenizer.stop_ids
+        if stopped or output.finish_reason:
+            piece += text.finish()
+        reason: FinishReason | None = "length" if output.finish_reason else None
+        tokens = tuple(output.token_ids[:used])
+        logprobs = tuple(
+            _logprob(token, found, num_top) for token, found in zip(tokens, output.logprobs or (), strict=False)
+        )
+        return Delta(piece, tokens, "stop" if stopped or text.stopped else reason, logprobs)
+
+    def _lora_arguments(self) -> dict[str, Any]:
+        if not self.adapters:
+            return {}
+        ranks = [
+            read_json(self.adapters.find(name) / "adapter_config.json").get("r", 8) for name in self.adapters.names()
+        ]
+        rank = next((rank for rank in LORA_RANKS if rank >= max([64, *ranks])), LORA_RANKS[-1])
+        return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 4, "max_cpu_loras": 32}
+
+    async def _adapter(self, name: str) -> LoRARequest | None:
+        """What vLLM is told of an adapter; one whose files have changed is another."""
+        if not name:
+            return None
+        folder = self.adapters.find(name)
+        key = (folder, (folder / "adapter_config.json").stat().st_mtime_ns)
+        if key not in self._loaded:
+            request = LoRARequest(name, len(self._loaded) + 1, self._native(folder))
+            try:
+                await self._llm.add_lora(request)
+            except Exception as error:
+                raise UnusableAdapter(f"{folder}: vLLM cannot load it ({_line(error)})") from error
+            self._loaded[key] = request
+        return self._loaded[key]
+
+    def _native(self, folder: Path) -> str:
+        """A copy of an adapter under the native model's names, which old ones do not have."""
+        config, tensors = native_adapter(folder, self._config)
+        copy = tempfile.mkdtemp(dir=self._converted.name)
+        config.save_pretrained(copy)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{copy}/adapter_model.safetensors")
+        return copy
+
+
+class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where types are checked
+    """What vLLM tells of its last step."""
+
+    def __init__(self) -> None:
+        self._running = self._waiting = self._hits = self._queries = 0
+        self._cache_use = 0.0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        if scheduler_stats is None:
+            return
+        self._running, self._waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+        self._cache_use = scheduler_stats.kv_cache_usage
+        self._hits += scheduler_stats.prefix_cache_stats.hits
+        self._queries += scheduler_stats.prefix_cache_stats.queries
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def load(self, waiting_tokens: int) -> Load:
+        return Load(self._running, self._waiting, waiting_tokens, self._cache_use, self._hits, self._queries)
+
+
+def _dtype(dtype: DtypeName) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def _params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingParams:
+    guide = sampling.guide
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias) or None,
+        logprobs=sampling.logprobs,
+        structured_outputs=StructuredOutputsParams(grammar=guide.lark()) if guide else None,
+        stop_token_ids=list(stop_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _logprob(token: int, found: dict[int, Any], num_top: int) -> TokenLogprob:
+    # vLLM gives the drawn token too where it is not among the most probable ones.
+    best = sorted(found.items(), key=lambda item: item[1].rank)[:num_top]
+    return TokenLogprob(token, found[token].logprob, tuple((other, value.logprob) for other, value in best))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

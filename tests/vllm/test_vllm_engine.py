@@ -1,0 +1,244 @@
+"""The vLLM engine beside the embedded one, on CPU: `make test-vllm` runs these in an environment of its own."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from chatglm3.chat import question_ids
+from chatglm3.engines import (
+    AdapterFolders,
+    Completion,
+    Engine,
+    EngineError,
+    Guide,
+    PromptTooLong,
+    RequestError,
+    Sampling,
+    UnknownAdapter,
+    complete,
+    load_engine,
+)
+from chatglm3.errors import ModelError
+from chatglm3.tiny import FOLDER
+from chatglm3.tiny.exam import demo_lessons
+from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
+from tests.test_merging import peft_adapter
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+GREEDY = Sampling(max_tokens=48)
+STOP_IDS = load_tokenizer(FOLDER).stop_ids
+ENDLESS = Sampling(max_tokens=1500, logit_bias=tuple((token, -100.0) for token in STOP_IDS))
+GREETING = "你好，你能做什么？"
+Run = Callable[[Awaitable[Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """One event loop for all tests: vLLM stays in the first that asks it."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as merge writes it."""
+    from pipelines.merging import MergeConfig, merge
+
+    return Path(merge(MergeConfig(base="tiny", out=str(tmp_path_factory.mktemp("merged") / "model"))))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters of the tiny model."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    peft_adapter("tiny", shelf / "first", seed=1, lora_alpha=64)
+    peft_adapter("tiny", shelf / "second", seed=2, r=4, lora_alpha=32)
+    peft_adapter("tiny", shelf / "dora", seed=3, use_dora=True)
+    return shelf
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> ChatGlmTokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def embedded(folder: Path) -> Iterator[Engine]:
+    engine = load_engine("transformers", folder, dtype="float32", max_batch=16)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def vllm(folder: Path, shelf: Path) -> Iterator[Engine]:
+    engine = load_engine("vllm", folder, dtype="float32", max_batch=16, adapters=AdapterFolders(shelf=shelf))
+    yield engine
+    engine.close()
+
+
+def ask(run: Run, engine: Engine, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+    """Answers to prompts that are asked at once."""
+
+    async def gathered() -> list[Completion]:
+        return await asyncio.gather(*(complete(engine, prompt, sampling) for prompt in prompts))
+
+    answers: list[Completion] = run(gathered())
+    return answers
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: ChatGlmTokenizer) -> list[list[int]]:
+    """A greeting, and questions about five documents."""
+    asked = [[{"role": "user", "content": GREETING}], *(lesson.messages[:-1] for lesson in demo_lessons(15))]
+    return [question_ids(tokenizer, messages, "chat") for messages in asked]
+
+
+def test_greedy_answers_are_those_of_the_embedded_engine(
+    run: Run, vllm: Engine, embedded: Engine, prompts: list[list[int]]
+):
+    found, wanted = (ask(run, engine, prompts, GREEDY) for engine in (vllm, embedded))
+    assert found == wanted
+
+
+def test_speculation_changes_no_token(run: Run, vllm: Engine, folder: Path, prompts: list[list[int]]):
+    guessing = load_engine("vllm", folder, dtype="float32", max_batch=16, speculate=True)
+    try:
+        assert ask(run, guessing, prompts, GREEDY) == ask(run, vllm, prompts, GREEDY)
+    finally:
+        guessing.close()
+
+
+def test_a_stop_text_ends_the_answer_where_the_embedded_engine_ends_it(
+    run: Run, vllm: Engine, embedded: Engine, prompts: list[list[int]]
+):
+    plain = ask(run, vllm, prompts[:1], GREEDY)[0].text
+    cut = Sampling(max_tokens=48, stop=(plain[5:7],))
+    found, wanted = (ask(run, engine, prompts[:1], cut)[0] for engine in (vllm, embedded))
+    assert found == wanted
+    assert found.text == plain[:5]
+
+
+def test_logprobs_are_those_of_the_embedded_engine(run: Run, vllm: Engine, embedded: Engine, prompts: list[list[int]]):
+    async def logprobs(engine: Engine) -> list[tuple[int, float, list[int]]]:
+        async with aclosing(engine.generate(prompts[1], Sampling(max_tokens=8, logprobs=3))) as deltas:
+            return [
+                (each.token_id, each.logprob, [token for token, _ in each.top])
+                async for delta in deltas
+                for each in delta.logprobs
+            ]
+
+    found, wanted = run(logprobs(vllm)), run(logprobs(embedded))
+    assert [(token, top) for token, _, top in found] == [(token, top) for token, _, top in wanted]
+    assert [logprob for _, logprob, _ in found] == pytest.approx([logprob for _, logprob, _ in wanted], abs=1e-3)
+
+
+def test_a_guide_shapes_the_answer_as_in_the_embedded_engine(
+    run: Run, vllm: Engine, embedded: Engine, prompts: list[list[int]]
+):
+    schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+    guided = Sampling(max_tokens=40, guide=Guide("json_schema", schema, after="\n"))
+    found, wanted = (ask(run, engine, prompts[:1], guided)[0] for engine in (vllm, embedded))
+    assert found.text == wanted.text
+    assert found.text.startswith('\n {"a"')
+
+
+def test_a_seed_gives_the_same_answer_again_whatever_else_is_asked(run: Run, vllm: Engine, prompts: list[list[int]]):
+    drawn, other = (replace(ENDLESS, max_tokens=24, temperature=2.0, seed=seed) for seed in (7, 8))
+    alone = ask(run, vllm, prompts[:1], drawn)[0]
+    assert ask(run, vllm, prompts, drawn)[0] == alone
+    assert ask(run, vllm, prompts[:1], other)[0] != alone
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_an_adapter_answers_as_the_model_merged_with_it(
+    name: str, run: Run, vllm: Engine, shelf: Path, prompts: list[list[int]], tmp_path: Path
+):
+    from pipelines.merging import MergeConfig, merge
+
+    settings: dict[str, Any] = {"base": "tiny", "measure": False, "onto": "16bit"}
+    merged = merge(MergeConfig(adapter=str(shelf / name), out=str(tmp_path / "merged"), **settings))
+    alone = load_engine("transformers", merged, dtype="float32", max_batch=16)
+    try:
+        wanted = [answer.text for answer in ask(run, alone, prompts, GREEDY)]
+    finally:
+        alone.close()
+    named = Sampling(max_tokens=48, adapter=name)
+    found = [answer.text for answer in ask(run, vllm, prompts, named)]
+    # bf16 rounds the merged weights, so that near ties may fall the other way.
+    assert sum(map(str.__eq__, found, wanted)) >= len(prompts) - 2
+    assert found != [answer.text for answer in ask(run, vllm, prompts, GREEDY)]
+
+
+def test_what_cannot_be_done_is_refused_and_the_others_are_answered(
+    run: Run, vllm: Engine, prompts: list[list[int]], tokenizer: ChatGlmTokenizer
+):
+    wanted = ask(run, vllm, prompts[:1], GREEDY)
+    for ids, sampling, error in (
+        ([], GREEDY, RequestError),
+        ([tokenizer.vocab_size + 7], GREEDY, RequestError),
+        (prompts[0] * 1000, GREEDY, PromptTooLong),
+        (prompts[0], Sampling(guide=Guide("regex", "(")), RequestError),
+        (prompts[0], Sampling(adapter="third"), UnknownAdapter),
+        (prompts[0], Sampling(adapter="dora"), ModelError),
+    ):
+        with pytest.raises(error):
+            ask(run, vllm, [ids], sampling)
+    assert ask(run, vllm, prompts[:1], GREEDY) == wanted
+
+
+def test_a_client_that_goes_away_frees_its_place(run: Run, vllm: Engine, prompts: list[list[int]]):
+    async def leave() -> int:
+        async with aclosing(vllm.generate(prompts[0], ENDLESS)) as deltas:
+            async for _ in deltas:
+                break
+        for _ in range(100):
+            await complete(vllm, prompts[0], Sampling(max_tokens=1))
+            if vllm.load.running == 0:
+                return 0
+            await asyncio.sleep(0.05)
+        return vllm.load.running
+
+    assert run(leave()) == 0
+
+
+def test_repeated_prompts_are_found_in_the_prefix_cache(run: Run, vllm: Engine, prompts: list[list[int]]):
+    longest = max(prompts, key=len)
+    ask(run, vllm, [longest], GREEDY)
+    before = vllm.load.prefix_hits
+    ask(run, vllm, [longest], GREEDY)
+    assert vllm.load.prefix_hits - before > len(longest) * 3 // 4
+
+
+def test_an_official_download_is_refused_with_the_remedy(tiny: Path):
+    with pytest.raises(ModelError, match=r"convert it once: python -m pipelines merge --base"):
+        load_engine("vllm", tiny)
+
+
+def test_a_killed_process_fails_its_requests_and_calls_for_the_end(run: Run, folder: Path, prompts: list[list[int]]):
+    ends: list[str] = []
+    engine = load_engine("vllm", folder, dtype="float32", on_fatal=lambda: ends.append("end"))
+
+    async def killed() -> None:
+        async for _ in engine.generate(prompts[0], ENDLESS):
+            for child in psutil.Process().children():
+                if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
+                    os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(EngineError):
+        run(killed())
+    assert ends == ["end"]
+    assert not engine.healthy
+    with pytest.raises(EngineError):
+        engine.generate(prompts[0], GREEDY)
+    engine.close()
