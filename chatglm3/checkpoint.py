@@ -33,6 +33,9 @@ def load_model(
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised and quantization_config is not None:
         raise ModelError(f"{folder}/config.json has a quantization_config: load the 16-bit model, or leave yours out")
+    if quantised and config.quantization_config.get("quant_method") == "compressed-tensors":
+        # Else they stay packed until the first forward pass of the whole model, and an engine runs its layers alone.
+        config.quantization_config["dequantize"] = True
     tensors = open_tensors(folder, config)
     # A state dict is the public way in for renamed tensors. A conversion mapping would be undone again on saving,
     # which leaves hybrid folders, and NF4 ones that cannot be loaded.

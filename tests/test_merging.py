@@ -1,5 +1,6 @@
 """Adapters folded into their base: the weights to the bit, the three formats, receipts, refusals, kill -9."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from chatglm3 import ModelError, load_model, load_tokenizer
 from chatglm3.adapters import load_adapter, native_adapter
 from chatglm3.chat import prompt_ids, render
 from chatglm3.checkpoint import read_config
+from chatglm3.engines import Sampling, complete, load_engine
 from chatglm3.quantization import INT8, NF4
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
@@ -178,6 +180,18 @@ def test_every_format_loads_in_plain_transformers_as_the_same_model(weight_forma
     plain.train(weight_format == "nf4")  # in evaluation, some CPUs compute NF4 by another kernel, which ours avoids
     with torch.inference_mode():
         assert torch.equal(plain(ids).logits.float(), logits(out, ids))
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "nf4", "int8", "fp8", "w4a16"])
+def test_the_embedded_engine_answers_from_every_format(weight_format: Any, tmp_path: Path):
+    out = merge(MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model")))
+    engine = load_engine("transformers", out, dtype="bfloat16")
+    asked = prompt_ids(load_tokenizer(out), [{"role": "user", "content": "你好"}])
+    try:
+        answer = asyncio.run(complete(engine, asked, Sampling(max_tokens=24)))
+    finally:
+        engine.close()
+    assert answer.text == "\n 你好！请给我文档和问题。"
 
 
 @pytest.mark.parametrize(("weight_format", "largest"), [("fp8", 1 / 16), ("w4a16", 1 / 15)])
