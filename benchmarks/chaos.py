@@ -219,7 +219,7 @@ def two_nodes() -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
     """A Ray cluster of two nodes on this machine: the environment to join it, and the second node's process."""
     env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     env |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-    env |= {"RAY_health_check_failure_threshold": "3", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    env |= {"RAY_health_check_failure_threshold": "3"}
     port, folder = free_port(), tempfile.mkdtemp(prefix="rc")
     address = f"127.0.0.1:{port}"
     common = "--block --num-cpus=1 --object-store-memory=100000000 --node-ip-address=127.0.0.1"
@@ -364,9 +364,9 @@ def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
 
 def _raylet_killer(node: subprocess.Popen[bytes]) -> Strike:
     def kill(run: Run) -> str:
-        for process in psutil.Process(node.pid).children(recursive=True):
-            if "raylet/raylet" in " ".join(_command_line(process)):
-                process.kill()
+        below = psutil.Process(node.pid).children(recursive=True)
+        [raylet] = [process for process in below if "raylet/raylet" in " ".join(_command_line(process))]
+        raylet.kill()
         return "the raylet of 1 of 2 nodes"
 
     return kill
