@@ -164,9 +164,10 @@ class Answerer:
         self.prompt_format = prompt_format
         self.sampling = sampling
         self.engine = load_engine("auto", folder, max_batch=batch_size)
+        self.loop = asyncio.Runner()  # one for all batches: vLLM stays in the first that asks it
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answers = asyncio.run(self._answers(batch["instruction"]))
+        answers = self.loop.run(self._answers(batch["instruction"]))
         columns = {name: [getattr(answer, name) for answer in answers] for name in ("text", "tokens", "seconds")}
         return {"row": batch["row"], **columns}
 

@@ -63,7 +63,7 @@ def predict(config: PredictConfig) -> None:
     warn_of_other_wording(model)
     sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=config.seed)
     tokenizer = load_tokenizer(model.path)
-    engine = load_engine("auto", model.path, max_batch=1)
+    engine = load_engine("transformers", model.path, max_batch=1)  # for one person, it starts soonest
     try:
         conversation = Conversation(engine, tokenizer, model.prompt_format, sampling, documents)
         _converse(conversation, config.question, f"{model.name}, {model.prompt_format} format")

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
 from chatglm3.engines import AdapterFolders, DtypeName, EngineName, load_engine
+from chatglm3.engines.choice import native_folder
 from chatglm3.errors import ModelError
 from chatglm3.folder import model_folder, read_json
 from chatglm3.tokenizer import load_tokenizer
@@ -56,6 +57,8 @@ class AppArgs(FrontArgs):
     """Computing type; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_batch: int = Field(32, ge=1)
     """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
+    speculate: bool = False
+    """Guess the next tokens by what followed the last ones before, which quotes of documents gain by; vLLM only."""
     adapters: Annotated[dict[str, str], BeforeValidator(named)] = Field({})
     """LoRA adapters that requests can name as their model: NAME=FOLDER, with commas between several."""
     adapter_dir: str = ""
@@ -86,6 +89,8 @@ def build(args: AppArgs) -> Application:
         folder = _finished_folder(args.model)
         read_config(folder)
         open_weights(folder)
+        if args.engine == "vllm":
+            native_folder(folder)
         load_tokenizer(folder)
         facts = _facts(folder)
         style = document_style(facts, args.model)
@@ -169,6 +174,7 @@ class ChatServer:
             args.model,
             dtype=args.dtype,
             max_batch=args.max_batch,
+            speculate=args.speculate,
             adapters=AdapterFolders(args.adapters, args.adapter_dir) if args.adapters or args.adapter_dir else None,
             on_fatal=lambda: os._exit(1),
         )
