@@ -37,6 +37,7 @@ from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.ray_metrics import RaySink
 from serve_app.routes import make_api
+from serve_app.scaling import WAITING_TOKENS
 from serve_app.shared_ledger import LedgerServer, SharedLedger
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,10 @@ class ChatServer:
         )
         front.install(api, args, self._engine, self._metrics, ledger=self._ledger, behind_serve=True)
         return api
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the deployment's autoscaling has a policy of its own."""
+        return {WAITING_TOKENS: self._engine.load.waiting_tokens}
 
     def check_health(self) -> None:
         """Called by Serve every few seconds; raising has the replica replaced."""
