@@ -1,10 +1,12 @@
 """LoRA adapters for the native model: ours, and old ones that were trained on the official module names."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from transformers import GlmConfig, GlmForCausalLM
 
 from chatglm3 import official
@@ -67,6 +69,13 @@ def native_adapter(folder: str | Path, base: GlmConfig) -> tuple[LoraConfig, Ten
         config.base_model_name_or_path = None
     _check_shapes(folder, tensors, base)
     return config, tensors
+
+
+def lora_scale(config: LoraConfig, module: str, rank: int) -> float:
+    """What B A of a module (under PEFT's name) is multiplied with: alpha / rank, or alpha / sqrt(rank) in rsLoRA."""
+    alphas = config.alpha_pattern or {}
+    alpha: float = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _open_tensors(folder: Path) -> Tensors:

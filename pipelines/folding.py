@@ -1,17 +1,15 @@
 """LoRA updates added to weights one matrix at a time, in fp32."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 from transformers import GlmConfig
 
-from chatglm3.adapters import native_adapter
+from chatglm3.adapters import lora_scale, native_adapter
 from chatglm3.checkpoint import open_tensors, read_config
 from cluster.errors import StageError
 from pipelines.weight_formats import through_nf4
@@ -87,9 +85,7 @@ def folded(weight: Tensor, updates: Sequence[Update]) -> Tensor:
 
 def _update(module: str, config: LoraConfig, tensors: Mapping[str, Tensor], factor: float) -> Update:
     a, b = (tensors[f"{module}.lora_{matrix}.weight"] for matrix in "AB")
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    rank = math.sqrt(len(a)) if config.use_rslora else len(a)
-    return Update(a, b, factor * alpha / rank, tensors.get(f"{module}.{_MAGNITUDE}"))
+    return Update(a, b, factor * lora_scale(config, module, len(a)), tensors.get(f"{module}.{_MAGNITUDE}"))
 
 
 def _check(config: LoraConfig, folder: str, is_alone: bool) -> None:

@@ -64,7 +64,11 @@ def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFacto
     write_adapter(endless, shelf / "other", seed=1, **KINDS["everything"])
     application |= {"name": APP, "args": {"model": str(endless), "name": "tiny", "adapter_dir": str(shelf)}}
     [deployment] = application["deployments"]
-    deployment["autoscaling_config"] |= {"target_ongoing_requests": 2, "upscale_delay_s": 1}
+    deployment["autoscaling_config"] |= {
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 1,
+        "policy": {"policy_function": "serve_app.scaling:ByWaitingTokens"},
+    }
     deployment |= {"max_ongoing_requests": 4, "max_queued_requests": 4}
     folder = tmp_path_factory.mktemp("serve")
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))

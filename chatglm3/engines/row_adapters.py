@@ -4,7 +4,6 @@ No adapter is merged into the model or into a copy of it, so that many of them c
 """
 
 import logging
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,10 +14,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import get_pattern_key
 from transformers import GlmForCausalLM
 
-from chatglm3.adapters import native_adapter
+from chatglm3.adapters import lora_scale, native_adapter
 from chatglm3.engines import AdapterFolders, UnusableAdapter
 from chatglm3.errors import ModelError
 
@@ -121,9 +119,7 @@ class RowAdapters:
         )
         if a is None or b is None:
             raise ModelError(f"only one of lora_A and lora_B is there for {name}")
-        alphas = config.alpha_pattern or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-        b = b * (alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)))
+        b = b * lora_scale(config, name, len(a))
         gain = None
         if magnitude is not None:
             weight = dequantize_module_weight(self._layers[name]).float()
