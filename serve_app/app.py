@@ -176,7 +176,7 @@ class ChatServer:
             dtype=args.dtype,
             max_batch=args.max_batch,
             speculate=args.speculate,
-            adapters=AdapterFolders(args.adapters, args.adapter_dir) if args.adapters or args.adapter_dir else None,
+            adapters=AdapterFolders(args.adapters, args.adapter_dir),
             on_fatal=lambda: os._exit(1),
         )
         self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens)

@@ -36,3 +36,8 @@ class AdapterFolders:
     def _all(self) -> dict[str, Path]:
         shelf = self._shelf.iterdir() if self._shelf is not None and self._shelf.is_dir() else ()
         return {folder.name: folder for folder in shelf if (folder / "adapter_config.json").is_file()} | self._named
+
+
+def written_at(folder: Path) -> int:
+    """A number that changes when the adapter in a folder is written again."""
+    return max((file.stat().st_mtime_ns for file in folder.iterdir() if file.name.startswith("adapter_")), default=0)

@@ -18,6 +18,7 @@ from transformers import GlmForCausalLM
 
 from chatglm3.adapters import lora_scale, native_adapter
 from chatglm3.engines import AdapterFolders, UnusableAdapter
+from chatglm3.engines.adapter_folders import written_at
 from chatglm3.errors import ModelError
 
 MAX_LOADED = 16
@@ -73,7 +74,7 @@ class RowAdapters:
         folder = self._folders.find(name)
         try:
             with self._loading:  # one at a time: two that load the same one would need its memory twice
-                return self._kept((str(folder), _written_at(folder)), folder)
+                return self._kept((str(folder), written_at(folder)), folder)
         except (ModelError, OSError, ValueError, TypeError, KeyError) as error:
             raise UnusableAdapter(f"adapter {name!r} cannot be used: {' '.join(str(error).split())}") from None
 
@@ -133,8 +134,3 @@ class RowAdapters:
                     output[rows] = update.applied(output[rows], inputs[0][rows], layer.bias).to(output.dtype)
 
         return add
-
-
-def _written_at(folder: Path) -> int:
-    """Changes when the adapter is written again."""
-    return max((file.stat().st_mtime_ns for file in folder.iterdir() if file.name.startswith("adapter_")), default=0)

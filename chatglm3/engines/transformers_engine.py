@@ -107,8 +107,8 @@ class TransformersEngine:
         model.set_attn_implementation(ATTENTION)
         config = model.config
         self.context_length: int = config.max_position_embeddings
-        self.adapters = AdapterFolders() if adapters is None else adapters
-        self._row_adapters = RowAdapters(model, self.adapters) if adapters is not None else None
+        self.adapters = adapters or AdapterFolders()
+        self._row_adapters = RowAdapters(model, self.adapters) if self.adapters else None
         self.running: list[_Request] = []
         """Row r of the cache belongs to running[r]."""
         self._model = model

@@ -4,6 +4,7 @@ vLLM draws the tokens, in a process of its own. Text, stop texts, guides and ada
 the embedded engine, so that both answer alike. It runs in the event loop that asks it first.
 """
 
+import asyncio
 import logging
 import os
 import tempfile
@@ -28,6 +29,7 @@ from chatglm3.engines import (
     Sampling,
     TokenLogprob,
 )
+from chatglm3.engines.adapter_folders import written_at
 from chatglm3.engines.choice import native_folder
 from chatglm3.engines.guide import GuideCompiler
 from chatglm3.engines.request_check import check_request
@@ -78,18 +80,19 @@ class VllmEngine:
         on_fatal: Callable[[], object] | None = None,
     ) -> None:
         """Load the model. ModelError if vLLM cannot run this folder."""
-        self._folder = native_folder(folder)
-        self._config = read_config(self._folder)
-        self._tokenizer = load_tokenizer(self._folder)
+        folder = native_folder(folder)
+        self._config = read_config(folder)
+        self._tokenizer = load_tokenizer(folder)
         self._guides = GuideCompiler(self._tokenizer)
         self._stats = _Stats()
         self._loaded: dict[tuple[Path, int], LoRARequest] = {}
+        self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
         self._on_fatal = on_fatal
         self.adapters = adapters or AdapterFolders()
         self.context_length: int = self._config.max_position_embeddings
         arguments = AsyncEngineArgs(
-            model=str(self._folder),
+            model=str(folder),
             dtype=_dtype(dtype),
             max_num_seqs=max_batch,
             max_model_len=self.context_length,
@@ -116,9 +119,7 @@ class VllmEngine:
 
     async def prepare(self, sampling: Sampling) -> None:
         """Load the adapter, compile the guide; see `Engine.prepare`."""
-        await self._adapter(sampling.adapter)
-        if sampling.guide:
-            self._guides.matcher(sampling.guide)
+        await self._prepared(sampling)
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; see `Engine.generate`."""
@@ -133,14 +134,14 @@ class VllmEngine:
         self._converted.cleanup()
 
     async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        await self.prepare(sampling)
+        lora = await self._prepared(sampling)
         text = TextStream(self._tokenizer, sampling.stop)
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
                 _params(sampling, self._tokenizer.stop_ids),
                 uuid.uuid4().hex,
-                lora_request=await self._adapter(sampling.adapter),
+                lora_request=lora,
             )
             async with aclosing(outputs):  # which aborts the request
                 async for output in outputs:
@@ -187,18 +188,25 @@ class VllmEngine:
         rank = next((rank for rank in LORA_RANKS if rank >= max([64, *ranks])), LORA_RANKS[-1])
         return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 4, "max_cpu_loras": 32}
 
-    async def _adapter(self, name: str) -> LoRARequest | None:
-        """What vLLM is told of an adapter; one whose files have changed is another."""
-        if not name:
+    async def _prepared(self, sampling: Sampling) -> LoRARequest | None:
+        """The adapter, loaded, if the sampling names one; its guide is known to be one that can be followed."""
+        if sampling.guide:
+            await asyncio.to_thread(self._guides.matcher, sampling.guide)
+        if not sampling.adapter:
             return None
-        folder = self.adapters.find(name)
-        key = (folder, (folder / "adapter_config.json").stat().st_mtime_ns)
+        folder = self.adapters.find(sampling.adapter)
+        async with self._loading:  # one at a time: each must have a number of its own
+            return await self._kept((folder, written_at(folder)), sampling.adapter)
+
+    async def _kept(self, key: tuple[Path, int], name: str) -> LoRARequest:
+        """What vLLM is told of an adapter; one whose files have changed is another."""
         if key not in self._loaded:
-            request = LoRARequest(name, len(self._loaded) + 1, self._native(folder))
             try:
+                native = await asyncio.to_thread(self._native, key[0])
+                request = LoRARequest(name, len(self._loaded) + 1, native)
                 await self._llm.add_lora(request)
             except Exception as error:
-                raise UnusableAdapter(f"{folder}: vLLM cannot load it ({_line(error)})") from error
+                raise UnusableAdapter(f"adapter {name!r} cannot be used: {_line(error)}") from error
             self._loaded[key] = request
         return self._loaded[key]
 
