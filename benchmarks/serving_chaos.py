@@ -9,7 +9,6 @@ is lost when it ends in an error. Recovered is when a process has taken the plac
 
 import argparse
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.chaos import BIN, end_tree, free_port
+from benchmarks.fault_places import BIN, end_tree, free_port, ray_environment
 from chatglm3.endpoint import Endpoint
 from serve_app.load import Prompt, at_once
 
@@ -68,10 +67,11 @@ def service(folder: Path) -> Iterator[Service]:
     del deployment["autoscaling_config"]
     deployment |= {"num_replicas": 2, "health_check_period_s": 2}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     with (folder / "log").open("wb") as log:
         command = [str(BIN / "serve"), "run", str(folder / "serve.yaml")]
-        running = Service(subprocess.Popen(command, stdout=log, stderr=log, env=env), f"http://127.0.0.1:{port}")
+        running = Service(
+            subprocess.Popen(command, stdout=log, stderr=log, env=ray_environment()), f"http://127.0.0.1:{port}"
+        )
     try:
         deadline = time.monotonic() + READY_S
         while not answers(running.url) or len(running.processes("ServeReplica:chat:ChatServer")) < 2:

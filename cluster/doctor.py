@@ -9,10 +9,9 @@ from importlib.metadata import version
 from typing import Any, get_args
 
 from cluster import kubectl
-from cluster.config import Config
 from cluster.errors import StageError
 from cluster.kubectl import Object
-from cluster.manifests import RenderConfig, StageName, objects, rendered
+from cluster.manifests import OverlayConfig, RenderConfig, StageName, objects, rendered
 
 OLDEST, NEWEST = (1, 31), (1, 37)
 """Kubernetes versions that the manifests are checked against."""
@@ -26,13 +25,8 @@ INSTALL = "helm upgrade --install kuberay-operator, as the head of k8s/operator/
 CRDS = "the command is at the head of k8s/operator/values.yaml"
 
 
-class DoctorConfig(Config):
+class DoctorConfig(OverlayConfig):
     """Look for what would keep an overlay from running on this cluster, and say what to do about each."""
-
-    overlay: str = "cpu-demo"
-    """Folder of k8s/overlays."""
-    manifests: str = "k8s"
-    """Folder of the manifests."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,7 @@ class Finding:
 def doctor(config: DoctorConfig) -> None:
     """Print what every check found; raises StageError if one failed."""
     needed = {
-        stage: objects(rendered(RenderConfig(stage=stage, overlay=config.overlay, manifests=config.manifests)))
-        for stage in get_args(StageName)
+        stage: objects(rendered(RenderConfig(stage=stage, **config.model_dump()))) for stage in get_args(StageName)
     }
     failed = 0
     for finding in _checks(needed):

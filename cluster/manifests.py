@@ -15,15 +15,20 @@ ENDED = ("Complete", "Failed", "ValidationFailed")
 """RayJobs' jobDeploymentStatus that is the last one."""
 
 
-class RenderConfig(Config):
-    """Show what `apply` would send to Kubernetes. Needs no cluster."""
+class OverlayConfig(Config):
+    """Which manifests."""
 
-    stage: Annotated[StageName, "positional"]
-    """platform, prepare, train, merge, evaluate or serve."""
     overlay: str = "cpu-demo"
     """Folder of k8s/overlays: cpu-demo, gpu, or one of yours."""
     manifests: str = "k8s"
     """Folder of the manifests."""
+
+
+class RenderConfig(OverlayConfig):
+    """Show what `apply` would send to Kubernetes. Needs no cluster."""
+
+    stage: Annotated[StageName, "positional"]
+    """platform, prepare, train, merge, evaluate or serve."""
 
 
 class ApplyConfig(RenderConfig):

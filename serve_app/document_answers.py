@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -25,7 +24,7 @@ from chatglm3.reply import ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
 from chatglm3.windows import Span
 from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Document, Fit, Match
-from serve_app.answers import STREAMS, EventStream
+from serve_app.answers import STREAMS, EventStream, event
 from serve_app.disconnect import unless_gone
 from serve_app.errors import ApiError, api_error
 from serve_app.schema import Usage
@@ -170,15 +169,15 @@ class _Answer:
 
         A failure on the way becomes an event too, and ends the stream.
         """
-        yield _event({"type": "start", **self._head, **self._fit.model_dump()})
+        yield event({"type": "start", **self._head, **self._fit.model_dump()})
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
-                    yield _event({"type": piece.kind, "text": piece.text})
-            yield _event({"type": "done", **self._body().model_dump()})
+                    yield event({"type": piece.kind, "text": piece.text})
+            yield event({"type": "done", **self._body().model_dump()})
         except Exception as error:
             log.exception("answer %s broke off", self._head["id"])
-            yield _event(api_error(error).body)
+            yield event(api_error(error).body)
             return
         yield "data: [DONE]\n\n"
 
@@ -260,7 +259,3 @@ def _place(answer: DocumentAnswer, question: str, text: str) -> tuple[Span | Non
     if found := find_quotation(answer.quote, text):
         return (found.start, found.end), "exact" if found.exact else "near"
     return None, None
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {orjson.dumps(content).decode()}\n\n"

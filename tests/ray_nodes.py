@@ -2,22 +2,18 @@
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from benchmarks.chaos import end_tree, free_port
-
-BIN = Path(sys.executable).parent
+from benchmarks.fault_places import BIN, end_tree, free_port, ray_environment
+from tests.waiting import wait_for
 
 
 @dataclass
@@ -83,11 +79,8 @@ PASSWORD = "of-the-tests"
 def three_nodes() -> Iterator[Nodes]:
     """A head and two workers, ready."""
     redis_port, gcs_port, dashboard_port = free_port(), free_port(), free_port()
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    env |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-    env |= {"RAY_health_check_failure_threshold": "3"}
     address = f"http://127.0.0.1:{dashboard_port}"
-    env |= {"RAY_ADDRESS": address, "RAY_DASHBOARD_ADDRESS": address}
+    env = ray_environment() | {"RAY_ADDRESS": address, "RAY_DASHBOARD_ADDRESS": address}
     nodes = Nodes(env, f"127.0.0.1:{redis_port}", gcs_port, dashboard_port, tempfile.mkdtemp(prefix="rk"))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = ["redis-server", "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "", "--requirepass", PASSWORD]
@@ -105,11 +98,3 @@ def three_nodes() -> Iterator[Nodes]:
                 end_tree(process.pid)
                 process.wait()
         shutil.rmtree(nodes.folder, ignore_errors=True)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float, explain: Callable[[], object] = str) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos
+from benchmarks import chaos, fault_places
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,7 +26,7 @@ def may_mount(folder: Path) -> bool:
 
 @pytest.mark.parametrize("fault", ["controller", "full-disk", "raylet", "store-cut"])
 def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path: Path, expected: list[float]) -> None:
-    if fault == "store-cut" and not chaos.moto_server():
+    if fault == "store-cut" and not fault_places.moto_server():
         pytest.skip('set MOTO_SERVER to the command of another environment with "moto[s3,server]>=5.2.5"')
     if fault == "full-disk" and not may_mount(tmp_path / "disk"):
         pytest.skip("no right to mount a small disk")

@@ -20,10 +20,11 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.chaos import free_port
+from benchmarks.fault_places import free_port
 from chatglm3.tiny.knowledge import write_shards
 from tests.kubernetes import JOBS, objects, one, overlay, ray_cluster
-from tests.ray_nodes import Nodes, three_nodes, wait_for
+from tests.ray_nodes import Nodes, three_nodes
+from tests.waiting import wait_for
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -33,6 +32,7 @@ from serve_app.metrics import INSTRUMENTS, PREFIX, Metrics
 from serve_app.routes import make_api
 from tests.clockwork import Clockwork
 from tests.http_server import served
+from tests.waiting import wait_for
 
 DASHBOARD = Path(front.__file__).with_name("grafana.json")
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}]}
@@ -159,7 +159,7 @@ def test_prometheus_scrapes_it_with_a_key(prometheus: str, tmp_path: Path):
         config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": [job]}
         (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
         with running(prometheus, tmp_path) as query:
-            wait_for(lambda: query("chatglm3_generation_tokens_total") == [12.0])
+            wait_for(lambda: query("chatglm3_generation_tokens_total") == [12.0], 30)
             assert query("up") == [1.0]
             assert query("chatglm3_time_to_first_token_seconds_count") == [3.0]
             assert query('chatglm3_request_success_total{finished_reason="stop"}') == [3.0]
@@ -206,13 +206,6 @@ def running(program: str, folder: Path) -> Iterator[Callable[[str], list[float]]
     finally:
         process.terminate()
         process.wait(20)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # The dashboard
@@ -290,7 +283,7 @@ def test_spans_are_sent_where_the_environment_says(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         Service().request("GET", "/v1/models")
-        wait_for(lambda: bool(received))
+        wait_for(lambda: bool(received), 30)
         collector.shutdown()
     assert received[0][0] == "/v1/traces"
     assert b"GET /v1/models" in received[0][1]

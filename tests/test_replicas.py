@@ -4,9 +4,8 @@ import json
 import os
 import re
 import socket
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ray import serve
 
 from serve_app.app import AppArgs, _is_loopback, build
 from serve_app.keys import Limits, add_key
+from tests.waiting import wait_for
 
 APP = f"replicas-{os.getpid()}"
 
@@ -62,13 +62,6 @@ def numbers_of_ray() -> list[tuple[str, str, float]]:
     series = rf'^ray_chatglm3_(\w+)\{{.*model="{APP}".*replica="(\w+)".*\}} (\S+)$'
     found = re.findall(series, text, re.MULTILINE)
     return [(name, replica, float(value)) for name, replica, value in found]
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
 
 
 def test_what_listens_beyond_this_machine_is_known():

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from chatglm3 import load_model, load_tokenizer
 from cluster.storage import Receipt, publish
 from serve_app.app import AppArgs, build
 from tests.test_row_adapters import KINDS, write_adapter
+from tests.waiting import wait_for
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "serve_app" / "serve.yaml"
@@ -87,13 +88,6 @@ def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float, explain: Callable[[], object] = str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.1)
 
 
 def is_up(url: str) -> bool:
