@@ -186,16 +186,27 @@ def test_a_long_prompt_delays_a_short_one_by_one_chunk(tokenizer):
 
 
 def test_the_load_counts_requests_tokens_and_memory(tokenizer):
-    model, may_go_on = random_model(tokenizer), threading.Event()
-    model.lm_head.register_forward_pre_hook(lambda *_: may_go_on.wait(5) and None)
+    model, passes = random_model(tokenizer), threading.Semaphore(0)
+
+    def wait_for_a_pass(*_) -> None:
+        passes.acquire()
+
+    model.lm_head.register_forward_pre_hook(wait_for_a_pass)
     engine = TransformersEngine(model, tokenizer, max_batch=2)
     assert engine.load == Load(running=0, waiting=0, waiting_tokens=0, cache_use=0.0)
 
     async def run() -> Load:
-        jobs = [asyncio.create_task(complete(engine, prompt(41), Sampling(max_tokens=2))) for _ in range(3)]
+        jobs = [asyncio.create_task(complete(engine, prompt(5), Sampling(max_tokens=1)))]
+        while engine.load.running < 1:
+            await asyncio.sleep(0.001)
+        # While the first one holds the engine, the others gather, so that it finds all of them at once.
+        jobs += [asyncio.create_task(complete(engine, prompt(41), Sampling(max_tokens=2))) for _ in range(3)]
+        while engine.load.waiting < 3:
+            await asyncio.sleep(0.001)
+        passes.release()
         while (load := engine.load).cache_use < 82 / (2 * CONTEXT):
             await asyncio.sleep(0.001)
-        may_go_on.set()
+        passes.release(9)
         await asyncio.gather(*jobs)
         return load
 
