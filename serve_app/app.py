@@ -2,17 +2,15 @@
 
 import http.client
 import logging
-import os
 import socket
 import urllib.request
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 import torch
 from fastapi import FastAPI
-from pydantic import BeforeValidator, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
@@ -21,7 +19,6 @@ from ray.serve.handle import DeploymentHandle
 
 from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
-from chatglm3.engines import AdapterFolders, DtypeName, EngineName, load_engine
 from chatglm3.engines.choice import native_folder
 from chatglm3.errors import ModelError
 from chatglm3.folder import model_folder, read_json
@@ -30,53 +27,19 @@ from chatglm3.weights import open_weights
 from cluster.errors import StageError
 from cluster.storage import RECEIPT, read_receipt
 from serve_app import front
-from serve_app.adapter_args import check_adapters, named
+from serve_app.adapter_args import check_adapters
+from serve_app.app_args import AppArgs
 from serve_app.document_answers import document_style
-from serve_app.front import FrontArgs
+from serve_app.engine_server import EngineServer, engine_of_this_replica, join_serve_log
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.ray_metrics import RaySink
+from serve_app.remote_engine import RemoteEngine
 from serve_app.routes import make_api
 from serve_app.scaling import WAITING_TOKENS
 from serve_app.shared_ledger import LedgerServer, SharedLedger
 
 log = logging.getLogger(__name__)
-
-
-class AppArgs(FrontArgs):
-    """Arguments of the application: `args:` in a Serve config file, KEY=VALUE after `serve run serve_app.app:build`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str = "tiny"
-    """Model folder; tiny is the built-in one."""
-    name: str = ""
-    """What clients call the model; its folder's name unless given."""
-    engine: EngineName = "auto"
-    """What runs the model."""
-    dtype: DtypeName = "auto"
-    """Computing type; auto is bfloat16 on a GPU and float32 on a CPU."""
-    max_batch: int = Field(32, ge=1)
-    """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
-    speculate: bool = False
-    """Guess the next tokens by what followed the last ones before, which quotes of documents gain by; vLLM only."""
-    adapters: Annotated[dict[str, str], BeforeValidator(named)] = Field({})
-    """LoRA adapters that requests can name as their model: NAME=FOLDER, with commas between several."""
-    adapter_dir: str = ""
-    """Folder of more of them, each named as its own folder; read at every request, so that adapters can be added."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_one_line(cls, values: Any, validate: ModelWrapValidatorHandler["AppArgs"]) -> "AppArgs":
-        try:
-            return validate(values)
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            # `serve run` prints a ClickException as one line and exits with 1; anything else as a traceback.
-            raise click.ClickException(
-                f"argument {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; "
-                f"the application's arguments are {', '.join([*AppArgs.__annotations__, *FrontArgs.model_fields])}"
-            ) from None
 
 
 def build(args: AppArgs) -> Application:
@@ -103,13 +66,18 @@ def build(args: AppArgs) -> Application:
     located = args.model_copy(
         update={"model": str(folder.resolve()), "name": args.name or Path(args.model).name, **files, **adapters}
     )
+    # Limits are a key's, wherever its requests end up: one ledger counts for all replicas.
+    ledger = LedgerServer.bind() if args.api_keys else None  # type: ignore[attr-defined]  # Serve's decorator adds it
     # Without num_gpus all replicas would take their node's first GPU. A config file's own ray_actor_options take the
     # place of these.
     gpus = {"num_gpus": 1 if torch.cuda.is_available() else 0}
-    server = ChatServer.options(ray_actor_options=gpus)  # type: ignore[attr-defined]  # Serve's decorator adds it
-    # Limits are a key's, wherever its requests end up: one ledger counts for all replicas.
-    ledger = LedgerServer.bind() if args.api_keys else None  # type: ignore[attr-defined]
-    application: Application = server.bind(located, ledger)
+    application: Application
+    if args.separate_engines:
+        engines = EngineServer.options(ray_actor_options=gpus).bind(located)  # type: ignore[attr-defined]
+        # A request that waits for an engine is one of these.
+        application = ChatServer.options(max_ongoing_requests=1000).bind(located, ledger, engines)  # type: ignore[attr-defined]
+    else:
+        application = ChatServer.options(ray_actor_options=gpus).bind(located, ledger)  # type: ignore[attr-defined]
     return application
 
 
@@ -161,24 +129,21 @@ def _is_serve(url: str) -> bool:
 @serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)
 @serve.ingress()
 class ChatServer:
-    """One engine and its HTTP API. Replicas, GPUs and queues are options of the deployment, in the config file."""
+    """The HTTP API, and one engine unless `engines` has them. Replicas, GPUs and queues are options of the deployment,
+    in the config file."""
 
-    def __init__(self, args: AppArgs, ledger: DeploymentHandle[Any] | None = None) -> None:
-        _join_serve_log()
+    def __init__(
+        self,
+        args: AppArgs,
+        ledger: DeploymentHandle[Any] | None = None,
+        engines: DeploymentHandle[Any] | None = None,
+    ) -> None:
+        join_serve_log()
         self._args = args
         self._ledger = SharedLedger(ledger) if ledger else None
         self._metrics = Metrics(args.name, [RaySink(serve.get_replica_context().replica_tag)])
         _warn_of_open_door(args)
-        # A replica with a dead engine fails fast and so attracts requests until a health check: end it at once.
-        engine = load_engine(
-            args.engine,
-            args.model,
-            dtype=args.dtype,
-            max_batch=args.max_batch,
-            speculate=args.speculate,
-            adapters=AdapterFolders(args.adapters, args.adapter_dir),
-            on_fatal=lambda: os._exit(1),
-        )
+        engine = RemoteEngine(engines, args) if engines else engine_of_this_replica(args)
         self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -207,14 +172,6 @@ class ChatServer:
         self._metrics.sample(self._engine.load)
         if not self._engine.healthy:
             raise RuntimeError("the engine has died")
-
-
-def _join_serve_log() -> None:
-    """Write this project's log where Serve writes its own; a replica shows no other logger's."""
-    for name in ("chatglm3", "serve_app"):
-        log = logging.getLogger(name)
-        log.handlers = logging.getLogger("ray.serve").handlers
-        log.setLevel(logging.INFO)
 
 
 def _warn_of_open_door(args: AppArgs) -> None:

@@ -20,6 +20,8 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from chatglm3.engines import (
     Completion,
+    Delta,
+    EngineDied,
     EngineError,
     Guide,
     Load,
@@ -114,6 +116,38 @@ def test_a_seed_gives_one_text_alone_and_among_others(engine):
     *_, among, other_seed = run_all(engine, [*others, (prompt(20), seeded), (prompt(20), seeded | {"seed": 8})])
     assert among == alone
     assert other_seed != alone
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.5, "seed": 7},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"temperature": 1.0, "seed": 3, "guide": Guide("regex", "[a-z0-9]{30,}")},
+    ],
+    ids=["greedy", "seeded", "penalties", "guide"],
+)
+def test_an_answer_goes_on_where_an_engine_that_died_left_off(engine, sampling):
+    async def deltas_of(drawn: tuple[int, ...]) -> list[Delta]:
+        asked = Sampling(max_tokens=32, drawn=drawn, **sampling)
+        return [delta async for delta in engine.generate(prompt(20), asked)]
+
+    whole = asyncio.run(deltas_of(()))
+    for count in (1, 2, 3, 13, 31):
+        drawn = sum((delta.token_ids for delta in whole[:count]), ())
+        assert asyncio.run(deltas_of(drawn)) == whole[count:]
+
+
+def test_a_stop_text_of_which_the_dead_engine_wrote_a_part_is_found(engine, tokenizer):
+    [answer] = run_all(engine, [(prompt(20), {"max_tokens": 32})])
+    pieces = [tokenizer.decode(answer.token_ids[:count]) for count in range(33)]
+    stop = pieces[12][len(pieces[9]) :]
+    [stopped] = run_all(engine, [(prompt(20), {"max_tokens": 32, "stop": (stop,)})])
+    assert stopped.finish_reason == "stop"
+    held = Sampling(max_tokens=32, stop=(stop,), drawn=stopped.token_ids[:-1])
+    rest = asyncio.run(complete(engine, prompt(20), held))
+    assert rest == Completion("", stopped.token_ids[-1:], "stop")
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable():
@@ -452,10 +486,10 @@ def test_a_failing_model_fails_everybody_and_says_so_once(tokenizer):
         model.lm_head.register_forward_pre_hook(fail)
         return await asyncio.gather(*jobs, return_exceptions=True)
 
-    assert [type(result) for result in asyncio.run(run())] == [EngineError] * 3
+    assert [type(result) for result in asyncio.run(run())] == [EngineDied] * 3
     assert died.wait(1)
     assert not engine.healthy
-    with pytest.raises(EngineError, match="the engine died: RuntimeError: CUDA error"):
+    with pytest.raises(EngineDied, match="the engine died: RuntimeError: CUDA error"):
         engine.generate(prompt(3), Sampling())
 
 
@@ -466,7 +500,7 @@ def test_a_closed_engine_fails_what_is_under_way(tokenizer):
         job = asyncio.create_task(complete(engine, prompt(8), Sampling(max_tokens=2000)))
         await asyncio.sleep(0.1)
         await asyncio.to_thread(engine.close)
-        with pytest.raises(EngineError, match="closed"):
+        with pytest.raises(EngineDied, match="closed"):
             await job
 
     asyncio.run(run())

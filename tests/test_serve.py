@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,49 +16,32 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
-import ray
-import torch
 import yaml
 from click import ClickException
 from ray.serve.schema import ServeDeploySchema
 
-from chatglm3 import load_model, load_tokenizer
 from cluster.storage import Receipt, publish
 from serve_app.app import AppArgs, build
+from tests.serving import PROJECT, SERVE, replicas, served, write_endless_model
 from tests.test_row_adapters import KINDS, write_adapter
 from tests.waiting import wait_for
 
-PROJECT = Path(__file__).resolve().parents[1]
 CONFIG = PROJECT / "serve_app" / "serve.yaml"
 APP = f"chat-{os.getpid()}"
 QUESTION: Any = [{"role": "user", "content": "北京的人口是多少？"}]
 LONG = 1500
-SERVE = Path(sys.executable).with_name("serve")
 
 
 @pytest.fixture(scope="module")
 def endless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A native folder of the tiny model, made unable to end an answer by itself."""
-    folder = tmp_path_factory.mktemp("model") / "endless"
-    model = load_model(tiny, dtype=torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight[list(load_tokenizer(tiny).stop_ids)] = 0
-    with publish(folder, Receipt("merge", {})) as partial:
-        model.save_pretrained(partial)
-        shutil.copy(tiny / "tokenizer.model", partial)
-    return folder
+    return write_endless_model(tiny, tmp_path_factory.mktemp("model") / "endless")
 
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`serve run` of the config file, with another port and model and a quicker autoscaler, on the session's Ray."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The config file of the tree, with another port and model and a quicker autoscaler."""
     config = yaml.safe_load(CONFIG.read_text())
-    config["http_options"]["port"] = port
     [application] = config["applications"]
     shelf = tmp_path_factory.mktemp("shelf")
     write_adapter(endless, shelf / "other", seed=1, **KINDS["everything"])
@@ -71,39 +53,13 @@ def url(ray_cluster: None, endless: Path, tmp_path_factory: pytest.TempPathFacto
         "policy": {"policy_function": "serve_app.scaling:ByWaitingTokens"},
     }
     deployment |= {"max_ongoing_requests": 4, "max_queued_requests": 4}
-    folder = tmp_path_factory.mktemp("serve")
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    with (folder / "log").open("wb") as log:
-        address = ray.get_runtime_context().gcs_address
-        command = [SERVE, "run", "--address", address, folder / "serve.yaml"]
-        process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: is_up(f"http://127.0.0.1:{port}"), 120, lambda: (folder / "log").read_text())
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(150)  # a replica may take its graceful_shutdown_timeout_s
+    with served(config, tmp_path_factory.mktemp("serve")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-def is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-    except (httpx.HTTPError, ValueError):
-        return False
-
-
-def replicas() -> set[int]:
-    """Process ids of the replicas."""
-    found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        if any(part.startswith(f"ray::ServeReplica:{APP}:") for part in process.info["cmdline"] or ()):
-            found.add(process.pid)
-    return found
 
 
 def ask(url: str, **fields: Any) -> httpx.Response:
@@ -167,18 +123,18 @@ def leave(url: str, stream: bool) -> None:
 
 
 def test_load_adds_a_replica_beyond_it_requests_are_refused_and_a_killed_replica_is_replaced(url):
-    [first] = replicas()
+    [first] = replicas(APP)
     leaving = threading.Event()
     with ThreadPoolExecutor(12) as threads:
         clients = [threads.submit(stream_until, leaving, url) for _ in range(12)]
         try:
-            wait_for(lambda: len(replicas()) == 2, 90)
+            wait_for(lambda: len(replicas(APP)) == 2, 90)
             os.kill(first, signal.SIGKILL)
             time.sleep(1)
         finally:
             leaving.set()
         endings = sum([client.result() for client in clients], Counter())
-    wait_for(lambda: len(replicas() - {first}) == 2, 90)
+    wait_for(lambda: len(replicas(APP) - {first}) == 2, 90)
     assert endings["503, try again in 1 s"] > 0
     assert 0 < endings["broken"] <= 4  # those that were under way on it
     assert set(endings) <= {"answered", "503, try again in 1 s", "broken"}

@@ -18,6 +18,7 @@ __all__ = [
     "Delta",
     "DtypeName",
     "Engine",
+    "EngineDied",
     "EngineError",
     "EngineName",
     "FinishReason",
@@ -44,7 +45,11 @@ log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
-    """The engine failed at this request, or died with all of them; another replica may still answer it."""
+    """The engine failed at this request."""
+
+
+class EngineDied(EngineError):
+    """The engine died with all its requests; another one may still answer them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Sampling:
     """What the answer must look like."""
     adapter: str = ""
     """Name of the LoRA adapter that answers; empty is the model itself."""
+    drawn: tuple[int, ...] = ()
+    """Tokens that an engine drew for this answer before it died: the answer goes on after them, and they count."""
 
     def __post_init__(self) -> None:
         penalties = (self.presence_penalty, self.frequency_penalty)
@@ -83,6 +90,7 @@ class Sampling:
             (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}"),
             (self.top_k >= 0, f"top_k must be at least 0, not {self.top_k}"),
             (all(self.stop), "a stop text must not be empty"),
+            (len(self.drawn) < self.max_tokens, "an answer with all its tokens has nothing to go on with"),
             (all(-2 <= value <= 2 for value in penalties), f"penalties must be from -2 to 2, not {penalties}"),
             (
                 len(self.logit_bias) <= MAX_BIASED_TOKENS,
@@ -178,12 +186,12 @@ class Engine(Protocol):
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; closing the iterator cancels the request.
 
-        An impossible request raises RequestError here, a dead engine EngineError, before there is an iterator;
-        a failure on the way raises EngineError in it.
+        An impossible request raises RequestError here, a dead engine EngineDied, before there is an iterator;
+        a failure on the way raises EngineError in it, the engine's death EngineDied.
         """
 
     def close(self) -> None:
-        """End the engine; requests under way get EngineError."""
+        """End the engine; requests under way get EngineDied."""
 
 
 async def complete(engine: Engine, prompt_ids: list[int], sampling: Sampling) -> Completion:

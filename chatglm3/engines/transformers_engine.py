@@ -24,6 +24,7 @@ from chatglm3.engines import (
     AdapterFolders,
     Delta,
     DtypeName,
+    EngineDied,
     EngineError,
     FinishReason,
     Load,
@@ -83,6 +84,17 @@ class _Request:
     cached: int = 0
     ended: bool = False
     """Answered, failed, or given up by the client: its row is free at the next pass."""
+
+    def go_on_after(self, drawn: Sequence[int]) -> None:
+        """Come to the state of an answer of which these tokens were drawn and sent elsewhere."""
+        self.ids += drawn
+        self.answer += drawn
+        self.text.push(drawn)
+        for token in drawn:
+            if self.sampling.temperature > 0:
+                self.random.random()
+            if self.matcher:
+                self.matcher.consume_token(token)
 
     def send(self, item: Delta | Failure) -> None:
         """Hand an item to the client's event loop; a client without a running loop has given up."""
@@ -154,7 +166,7 @@ class TransformersEngine:
         return self._stream(list(prompt_ids), sampling)
 
     def close(self) -> None:
-        """End the thread; requests under way get EngineError."""
+        """End the thread; requests under way get EngineDied."""
         self._arrivals.put(None)
         self._thread.join()
 
@@ -162,6 +174,7 @@ class TransformersEngine:
         matcher, adapter = await self._prepared(sampling)
         text, random = TextStream(self._tokenizer, sampling.stop), Random(sampling.seed)
         request = _Request(ids, sampling, text, random, matcher, adapter, asyncio.get_running_loop())
+        request.go_on_after(sampling.drawn)
         self._arrivals.put(request)
         try:
             self._raise_if_dead()  # after the put: the dying thread may have emptied the queue just before it
@@ -186,7 +199,7 @@ class TransformersEngine:
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
-            raise EngineError(self._death)
+            raise EngineDied(self._death)
 
     # From here on everything runs in the engine's thread.
 
@@ -338,4 +351,4 @@ class TransformersEngine:
             requests += [request] if request else []
         self.running.clear()
         for request in requests:
-            request.send(EngineError(reason))
+            request.send(EngineDied(reason))

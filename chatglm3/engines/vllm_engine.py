@@ -23,6 +23,7 @@ from chatglm3.engines import (
     AdapterFolders,
     Delta,
     DtypeName,
+    EngineDied,
     EngineError,
     FinishReason,
     Load,
@@ -124,18 +125,21 @@ class VllmEngine:
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """Yield pieces of the answer; see `Engine.generate`."""
         if self._llm.errored:
-            raise EngineError("the engine died")
+            raise EngineDied("the engine died")
         check_request(prompt_ids, sampling, self._config.vocab_size, self.context_length)
-        return self._stream(prompt_ids, sampling)
+        if sampling.drawn and (sampling.guide or sampling.presence_penalty or sampling.frequency_penalty):
+            raise RequestError("vLLM cannot go on with an answer under a guide or penalties: it takes it for a prompt")
+        return self._stream([*prompt_ids, *sampling.drawn], sampling)
 
     def close(self) -> None:
-        """End vLLM's process; requests under way get EngineError."""
+        """End vLLM's process; requests under way get EngineDied."""
         self._llm.shutdown(timeout=0)
         self._converted.cleanup()
 
     async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         lora = await self._prepared(sampling)
         text = TextStream(self._tokenizer, sampling.stop)
+        text.push(sampling.drawn)
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
@@ -155,7 +159,7 @@ class VllmEngine:
             log.critical("vLLM's process died; this one should end")
             if self._on_fatal is not None:
                 self._on_fatal()
-            raise EngineError("the engine died") from error
+            raise EngineDied("the engine died") from error
         except EngineGenerateError as error:
             raise EngineError(f"this request failed: {_line(error.__cause__ or error)}") from error
 
@@ -250,7 +254,7 @@ def _dtype(dtype: DtypeName) -> str:
 def _params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingParams:
     guide = sampling.guide
     return SamplingParams(
-        max_tokens=sampling.max_tokens,
+        max_tokens=sampling.max_tokens - len(sampling.drawn),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,

@@ -1,0 +1,77 @@
+"""Engines in replicas of their own, apart from those that speak HTTP."""
+
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from ray import serve
+
+from chatglm3.engines import AdapterFolders, Delta, Engine, EngineError, RequestError, Sampling, load_engine
+from chatglm3.errors import ModelError
+from serve_app.app_args import AppArgs
+from serve_app.metrics import Metrics
+from serve_app.ray_metrics import RaySink
+from serve_app.scaling import WAITING_TOKENS
+
+Failure = EngineError | RequestError | ModelError
+_FAILURES = (EngineError, RequestError, ModelError)
+
+
+def engine_of_this_replica(args: AppArgs) -> Engine:
+    """The engine that `args` describe; the process ends with it."""
+    # A replica with a dead engine fails fast and so attracts requests until a health check: end it at once.
+    return load_engine(
+        args.engine,
+        args.model,
+        dtype=args.dtype,
+        max_batch=args.max_batch,
+        speculate=args.speculate,
+        adapters=AdapterFolders(args.adapters, args.adapter_dir),
+        on_fatal=lambda: os._exit(1),
+    )
+
+
+def join_serve_log() -> None:
+    """Write this project's log where Serve writes its own; a replica shows no other logger's."""
+    for name in ("chatglm3", "serve_app"):
+        log = logging.getLogger(name)
+        log.handlers = logging.getLogger("ray.serve").handlers
+        log.setLevel(logging.INFO)
+
+
+@serve.deployment(max_ongoing_requests=32, max_constructor_retry_count=2)
+class EngineServer:
+    """An engine, to be asked by `RemoteEngine`. Failures are items, so that they arrive as what they are."""
+
+    def __init__(self, args: AppArgs) -> None:
+        join_serve_log()
+        self._metrics = Metrics(args.name, [RaySink(serve.get_replica_context().replica_tag)])
+        self._engine = engine_of_this_replica(args)
+
+    async def prepare(self, sampling: Sampling) -> Failure | None:
+        """See `Engine.prepare`."""
+        try:
+            await self._engine.prepare(sampling)
+        except _FAILURES as failure:
+            return failure
+        return None
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta | Failure, None]:
+        """See `Engine.generate`."""
+        try:
+            async with aclosing(self._engine.generate(prompt_ids, sampling)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except _FAILURES as failure:
+            yield failure
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the deployment's autoscaling has a policy of its own."""
+        return {WAITING_TOKENS: self._engine.load.waiting_tokens}
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds; raising has the replica replaced."""
+        self._metrics.sample(self._engine.load)
+        if not self._engine.healthy:
+            raise RuntimeError("the engine has died")

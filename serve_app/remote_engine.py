@@ -1,0 +1,102 @@
+"""The engines of other replicas, asked as one that outlives each of them."""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from chatglm3.checkpoint import read_config
+from chatglm3.engines import AdapterFolders, Delta, EngineDied, EngineError, Load, Sampling
+from chatglm3.engines.request_check import check_request
+from chatglm3.engines.request_errors import RequestError
+from serve_app.app_args import AppArgs
+from serve_app.errors import ApiError
+
+ATTEMPTS = 2
+"""Engines that one answer may come to: a request that kills them must not come to all."""
+
+log = logging.getLogger(__name__)
+
+
+class RemoteEngine:
+    """All replicas of an `EngineServer`.
+
+    When the one that answers dies, another goes on after the last token that came, and waits for a new one where there
+    is no other. A greedy answer is what it would have been, up to what another batch changes in the last bits; with a
+    seed too in the embedded engine, while vLLM draws other random numbers.
+    """
+
+    def __init__(self, servers: DeploymentHandle[Any], args: AppArgs) -> None:
+        config = read_config(args.model)
+        self.context_length: int = config.max_position_embeddings
+        self.adapters = AdapterFolders(args.adapters, args.adapter_dir)
+        self._vocabulary: int = config.vocab_size
+        self._servers = servers
+        self._streams = servers.options(stream=True)
+
+    @property
+    def healthy(self) -> bool:
+        """True: Serve replaces the engines that die."""
+        return True
+
+    @property
+    def load(self) -> Load:
+        """Nothing: what there is to do, each engine's own replica tells."""
+        return Load(running=0, waiting=0, waiting_tokens=0, cache_use=0.0)
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """See `Engine.prepare`: where one replica can do it, all can."""
+        if sampling.adapter or sampling.guide:
+            failure = await self._servers.prepare.remote(sampling)
+            if failure is not None:
+                raise failure
+
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """See `Engine.generate`."""
+        check_request(prompt_ids, sampling, self._vocabulary, self.context_length)
+        return self._stream(prompt_ids, sampling)
+
+    def close(self) -> None:
+        """Nothing: Serve ends the engines."""
+
+    async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        drawn: tuple[int, ...] = ()
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with aclosing(self._ask(prompt_ids, replace(sampling, drawn=drawn))) as deltas:
+                    async for delta in deltas:
+                        drawn += delta.token_ids
+                        yield delta
+                return
+            except EngineDied as death:
+                if attempt == ATTEMPTS:
+                    raise
+                log.warning("an engine died %d tokens into an answer (%s); another goes on", len(drawn), death)
+            except RequestError as refusal:
+                if not drawn:
+                    raise
+                raise EngineError(f"the engine died, and no other can go on with this answer: {refusal}") from None
+
+    async def _ask(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """One replica's answer. EngineDied if the replica does."""
+        answer = self._streams.generate.remote(prompt_ids, sampling)
+        assert isinstance(answer, DeploymentResponseGenerator)
+        try:
+            async for item in answer:
+                if isinstance(item, Delta):
+                    yield item
+                else:
+                    raise item
+        except BackPressureError:
+            raise ApiError(
+                503, "the engines are busy; try again", code="overloaded", headers={"Retry-After": "1"}
+            ) from None
+        except RayError as error:
+            raise EngineDied(f"its replica is gone: {type(error).__name__}") from error
+        finally:
+            answer.cancel()  # type: ignore[no-untyped-call]
