@@ -11,7 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 PINS = Path(__file__).resolve().parents[1] / "constraints.txt"
-MODULES = ("cluster.leaving", "pipelines.training", "pipelines.merging", "pipelines.evaluation", "serve_app.app")
+MODULES = (
+    "cluster.leaving",
+    "pipelines.training",
+    "pipelines.merging",
+    "pipelines.evaluation",
+    "serve_app.app",
+    "serve_app.loopback_haproxy",
+)
 
 
 def tools_are_there() -> None:

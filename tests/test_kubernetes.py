@@ -23,7 +23,7 @@ OF_STAGE = {
     "train": ("gpu-train", "token-auth", "kueue", "s3", "spot"),
     "merge": ("gpu-train", "token-auth", "kueue"),
     "evaluate": ("gpu-train", "token-auth", "kueue", "cron"),
-    "serve": ("gpu-serve", "gcs-ft", "token-auth", "api-keys", "spot", "gateway", "incremental-upgrade"),
+    "serve": ("gpu-serve", "gcs-ft", "token-auth", "api-keys", "haproxy", "spot", "gateway", "incremental-upgrade"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -295,7 +296,19 @@ def test_environment_variables_are_some_that_ray_reads():
     library = Path(ray._raylet.__file__).read_bytes()
     cluster = ray_cluster(overlay("gpu", "serve"))
     for entry in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]:
-        assert entry["name"].removeprefix("RAY_").encode() in library
+        assert entry["name"].removeprefix("RAY_").encode() in library or is_read_by_serve(entry["name"])
+
+
+def is_read_by_serve(name: str) -> bool:
+    return f'"{name}"' in Path(ray.serve.__file__).with_name("_private").joinpath("constants.py").read_text()
+
+
+def test_haproxys_variables_are_some_that_serve_reads_and_its_program_is_in_the_image(tmp_path):
+    text = mixed(tmp_path / "serve", "serve", ["haproxy"])
+    [variables] = [item["data"] for item in objects(text) if item["metadata"]["name"] == "haproxy"]
+    assert all(map(is_read_by_serve, variables))
+    program = Path(variables["RAY_SERVE_HAPROXY_BINARY_PATH"]).relative_to("/home/ray/chatglm3")  # the image's WORKDIR
+    assert os.access(ROOT / program, os.X_OK)
 
 
 def test_the_dockerfile_is_linted_and_is_given_all_that_it_copies():
