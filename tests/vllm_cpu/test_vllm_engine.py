@@ -111,6 +111,19 @@ def test_greedy_answers_are_those_of_the_embedded_engine(
     assert found == wanted
 
 
+def test_an_answer_goes_on_where_an_engine_that_died_left_off(
+    run: Run, vllm: Engine, embedded: Engine, prompts: list[list[int]]
+):
+    [whole] = ask(run, embedded, prompts[1:2], GREEDY)
+    going_on = replace(GREEDY, drawn=whole.token_ids[:3])
+    found, wanted = (ask(run, engine, prompts[1:2], going_on) for engine in (vllm, embedded))
+    assert found == wanted
+    assert found[0].token_ids == whole.token_ids[3:] != ()
+    for other in ({"presence_penalty": 1.0}, {"guide": Guide("regex", "a")}):
+        with pytest.raises(RequestError, match="vLLM cannot go on"):
+            vllm.generate(prompts[0], replace(going_on, **other))
+
+
 def test_speculation_changes_no_token(run: Run, vllm: Engine, folder: Path, prompts: list[list[int]]):
     guessing = load_engine("vllm", folder, dtype="float32", max_batch=16, speculate=True)
     try:
