@@ -49,6 +49,7 @@ import transformers
 
 from benchmarks import step_profile
 from benchmarks.recipes import DEVICE, ON_GPU, PREDECESSOR_STEPS, QUANTILES, make_model, model_key, run
+from pipelines.memory import linear_shapes
 
 PROFILED = 2
 DEFAULT = [
@@ -164,9 +165,8 @@ class Bench:
 
 def weights_of_linear_layers(model: Any) -> int:
     """Of the decoder layers; the embeddings and the output layer are not among them."""
-    c = model.config
-    heads, groups = c.num_attention_heads * c.head_dim, 2 * c.num_key_value_heads * c.head_dim
-    return int(c.num_hidden_layers * c.hidden_size * (2 * heads + groups + 3 * c.intermediate_size))
+    shapes = linear_shapes(model.config).values()
+    return int(model.config.num_hidden_layers * sum(rows * columns for rows, columns in shapes))
 
 
 def matrix_roof() -> float:

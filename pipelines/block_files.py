@@ -49,7 +49,10 @@ class BlockFile:
         self._file = pq.ParquetFile(path, memory_map=True)
         counts = self._file.read(["target_count", "lengths"])
         self.target_counts: np.ndarray = counts["target_count"].to_numpy()
-        self.token_counts = np.array([sum(lengths) for lengths in counts["lengths"].to_pylist()], np.int64)
+        lengths = counts["lengths"].to_pylist()
+        self.token_counts = np.array([sum(block) for block in lengths], np.int64)
+        self.attended_counts = np.array([sum(n * (n + 1) // 2 for n in block) for block in lengths], np.int64)
+        """Pairs of a token and one that it sees: itself or an earlier one of its example."""
 
     def __len__(self) -> int:
         return len(self.target_counts)

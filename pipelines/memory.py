@@ -97,12 +97,12 @@ def needed_gb(model: GlmConfig, config: "TrainConfig", tokens: int, recompute: b
 
 def base_bytes(model: GlmConfig, base_format: BaseFormat) -> float:
     """The frozen base: linear layers in its format, embeddings and the output layer in 16 or 32 bits."""
-    linear = model.num_hidden_layers * sum(rows * columns for rows, columns in _shapes(model).values())
+    linear = model.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(model).values())
     tables = 2 * model.vocab_size * model.hidden_size
     return linear * BYTES_A_WEIGHT[base_format] + tables * (4 if base_format == "fp32" else 2)
 
 
-def _shapes(model: GlmConfig) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: GlmConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of a decoder layer's linear layers."""
     h, f = model.hidden_size, model.intermediate_size
     heads, groups = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
@@ -117,13 +117,13 @@ def _shapes(model: GlmConfig) -> dict[str, tuple[int, int]]:
 
 
 def _adapter_weights(model: GlmConfig, config: "TrainConfig") -> int:
-    shapes = _shapes(model)
+    shapes = linear_shapes(model)
     return model.num_hidden_layers * config.lora.rank * sum(sum(shapes[name]) for name in config.lora.targets)
 
 
 def _kept_numbers(model: GlmConfig, config: "TrainConfig") -> int:
     """Numbers a token that one compiled layer keeps for its backward pass."""
-    h, shapes = model.hidden_size, _shapes(model)
+    h, shapes = model.hidden_size, linear_shapes(model)
     kept = 5 * h + 2 * shapes["k_proj"][0] + shapes["gate_up_proj"][0]
     if "down_proj" in config.lora.targets:
         kept += model.intermediate_size  # the input of its adapter, which a frozen layer need not keep

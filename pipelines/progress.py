@@ -45,6 +45,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
+def mean_utilisation(rows: list[dict[str, Any]]) -> float | None:
+    """Of the matrix roof over those steps; None where a device's roof is not known."""
+    known = [row for row in rows if "utilisation" in row]
+    seconds = sum(row["seconds"] for row in known)
+    return sum(row["utilisation"] * row["seconds"] for row in known) / seconds if known else None
+
+
 class LossBoard:
     """A progress bar beside `trainer.fit()`: follows the metrics file in a thread of the driver."""
 
@@ -82,20 +89,28 @@ class LossBoard:
                 rows = read_metrics(self._path)
                 if not rows:
                     continue
-                progress.update(task, completed=len(rows), description=_describe(rows, self._steps))
+                progress.update(task, completed=len(rows), description=describe(rows, self._steps))
                 if not terminal and (stopping or time.monotonic() - last_line > SECONDS_BETWEEN_LINES):
-                    print(f"train: step {len(rows)}/{self._steps} {_describe(rows, self._steps)}", flush=True)
+                    print(f"train: step {len(rows)}/{self._steps} {describe(rows, self._steps)}", flush=True)
                     last_line = time.monotonic()
 
 
-def _describe(rows: list[dict[str, Any]], steps: int) -> str:
+_DEV = {"dev_loss": "dev", "dev_exact_match": "exact match", "dev_f1": "F1"}
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+def describe(rows: list[dict[str, Any]], steps: int) -> str:
     """Means of the last ten steps, and how long the rest will take."""
     recent = rows[-10:]
     loss, seconds, tokens = (sum(row[name] for row in recent) for name in ("loss", "seconds", "tokens"))
-    dev = [row["dev_loss"] for row in rows if "dev_loss" in row]
+    dev = [f" {short} {last:.3f}" for name, short in _DEV.items() if (last := _last(rows, name)) is not None]
     left = timedelta(seconds=round((steps - len(rows)) * seconds / len(recent)))
     waiting = sum(row["waiting_seconds"] for row in recent) / seconds
+    utilisation = f"{used:.0%} of the matrix roof, " if (used := mean_utilisation(recent)) is not None else ""
     return (
-        f"loss {loss / len(recent):.3f}{f' dev {dev[-1]:.3f}' if dev else ''}, {tokens / seconds:,.0f} tokens/s, "
-        f"waiting for data {waiting:.0%}, {left} left"
+        f"loss {loss / len(recent):.3f}{''.join(dev)}, {tokens / seconds:,.0f} tokens/s, "
+        f"{utilisation}waiting for data {waiting:.0%}, {left} left"
     )

@@ -91,7 +91,7 @@ def compile_layers(model: PeftModel) -> None:
 def answer_loss(model: PeftModel, batch: PackedBatch) -> Tensor:
     """Sum of the cross-entropy over the block's answer tokens, in fp32; logits exist at those tokens only."""
     glm: GlmForCausalLM = model.get_base_model()
-    with _adapters_in_base_dtype(glm):
+    with adapters_in_base_dtype(glm):
         hidden = glm.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -102,7 +102,7 @@ def answer_loss(model: PeftModel, batch: PackedBatch) -> Tensor:
     return summed_cross_entropy(hidden.index_select(0, batch.predictors), glm.lm_head.weight, batch.targets)
 
 
-def _adapters_in_base_dtype(glm: GlmForCausalLM) -> AbstractContextManager[object]:
+def adapters_in_base_dtype(glm: GlmForCausalLM) -> AbstractContextManager[object]:
     """On a GPU, a 16-bit base gets 16-bit adapters, cast from the fp32 ones at each use.
 
     So gradients, the optimizer and checkpoints see fp32 adapters, and no copies need be kept in step. In fp32 the

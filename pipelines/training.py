@@ -27,8 +27,10 @@ from pipelines.memory import Memory, choose_memory
 from pipelines.model_folders import ModelFolder, open_model
 from pipelines.packing import PackingConfig, pack_split
 from pipelines.progress import LossBoard
+from pipelines.spot_checks import draw_questions
 from pipelines.step import BaseFormat
 from pipelines.strategies import Strategy
+from pipelines.trackers import TrackerName, require, tracked
 from pipelines.training_report import write_training_report
 from pipelines.worker import TrainingPlan, train_worker
 
@@ -93,6 +95,10 @@ class TrainConfig(Config):
     """Gradients are scaled down to this norm."""
     eval_steps: int = Field(0, ge=0)
     """Measure the loss on the dev rows every so many steps; 0: after each epoch."""
+    score_rows: int = Field(32, ge=0)
+    """Dev questions, always the same, that are answered and scored too whenever the dev loss is measured; 0: none."""
+    score_tokens: int = Field(128, ge=1)
+    """Longest of these answers in tokens."""
     patience: int = Field(0, ge=0)
     """Stop after so many evaluations without a lower dev loss, and keep the adapter that had the lowest; 0: go on to
     the last step, and keep its adapter."""
@@ -122,6 +128,9 @@ class TrainConfig(Config):
     """Give each worker a GPU; unless given, whether the cluster has GPUs now (nodes scaled to zero do not count)."""
     max_failures: int = Field(3, ge=0)
     """How often dead workers are replaced."""
+    trackers: list[TrackerName] = Field([])
+    """Where metrics go besides TensorBoard, such as [mlflow, wandb]. Their own environment variables say to which
+    server and project, and hold the keys."""
     seed: int = 42
     """Seed of the adapter's start, the order of blocks and dropout."""
 
@@ -175,6 +184,7 @@ def _inputs(config: TrainConfig) -> tuple[storage.Folder, ModelFolder]:
         raise StageError(
             "--lora.dora true: with --strategy zero3 no worker has a row's whole length; give zero2 or ddp"
         )
+    require(config.trackers)
     if data.receipt.facts.get("tokenizer", base.tokenizer) != base.tokenizer:
         print(
             f"warning: {config.data} was prepared with another tokenizer than {base.name}'s, so its documents were cut "
@@ -201,6 +211,8 @@ def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, fold
     counts = storage.open_folder(Path(blocks["train"]).parent).receipt.counts
     if not BlockFile(blocks["train"]).target_counts.any():
         raise StageError(f"--data {config.data} holds no training rows with an answer; run prepare again")
+    questions = folder / "questions.jsonl"
+    has_questions = draw_questions(data.path / "dev", config.score_rows, questions)
     per_step = max(1, round(config.batch_size * counts["blocks"] / counts["examples"]))
     steps_per_epoch = math.ceil(counts["blocks"] / per_step)
     steps = min(math.ceil(config.epochs * steps_per_epoch), config.max_steps or 10**12)
@@ -217,6 +229,7 @@ def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, fold
         steps=steps,
         save_every=config.save_steps or steps_per_epoch,
         eval_every=config.eval_steps or steps_per_epoch,
+        questions=str(questions) if has_questions else "",
     )
 
 
@@ -261,7 +274,7 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
         ),
     )
     try:
-        with LossBoard(folder / "metrics.jsonl", plan.steps):
+        with LossBoard(folder / "metrics.jsonl", plan.steps), tracked(config.trackers, folder, config.model_dump()):
             return trainer.fit()
     except SystemExit:  # Ray Train's own answer to Ctrl-C, after it has ended the workers
         raise KeyboardInterrupt from None
@@ -310,7 +323,7 @@ def _cause(error: BaseException) -> str:
 
 
 _CURVE_IGNORES = {"out", "workers", "min_workers", "use_gpu", "strategy", "max_failures"}
-_CURVE_IGNORES |= {"save_steps", "keep_checkpoints", "storage"}
+_CURVE_IGNORES |= {"save_steps", "keep_checkpoints", "storage", "score_rows", "score_tokens", "trackers"}
 
 
 def _digest(config: TrainConfig, base_digest: str, data: storage.Folder) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.progress import read_metrics
+from pipelines.progress import mean_utilisation, read_metrics
 from pipelines.report_page import as_svg, drawing, pairs, write_page
 
 Row = dict[str, Any]
@@ -40,8 +40,13 @@ def summary(rows: list[Row], gpus: int) -> dict[str, float]:
         "waiting_share": sum(row["waiting_seconds"] for row in rows) / seconds,
         "gpu_hours" if gpus else "worker_hours": sum(row["seconds"] * row["workers"] for row in rows) / 3600,
     }
+    if (used := mean_utilisation(rows)) is not None:
+        numbers["utilisation"] = used
     if dev:
         numbers |= {"dev_loss": dev[-1][0], "lowest_dev_loss": min(dev)[0], "lowest_dev_loss_at_step": min(dev)[1]}
+    if scored := [row for row in rows if "dev_f1" in row]:
+        numbers |= {name: scored[-1][name] for name in ("dev_exact_match", "dev_f1")}
+        numbers["answering_seconds"] = sum(row["answering_seconds"] for row in scored)
     if memory := [row["memory_gb"] for row in rows if "memory_gb" in row]:
         numbers["memory_gb"] = max(memory)
     return numbers
@@ -56,20 +61,37 @@ def _draw_losses(plt: Any, rows: list[Row]) -> Any:
     if dev:
         axes.plot([row["step"] for row in dev], [row["dev_loss"] for row in dev], "o-", label="dev")
     axes.set(xlabel="step", ylabel="loss per answer token", title="Fine-tuning", ylim=(0, None))
-    axes.legend()
     axes.grid(alpha=0.3)
+    if scored := [row for row in rows if "dev_f1" in row]:
+        _draw_scores(axes.twinx(), scored)
+    figure.legend(loc="outside lower center", ncols=5)
     return figure
+
+
+def _draw_scores(axes: Any, scored: list[Row]) -> None:
+    for name, label, style in (("dev_exact_match", "dev exact match", "s--"), ("dev_f1", "dev F1", "^--")):
+        points = [(row["step"], 100 * row[name]) for row in scored]
+        axes.plot(*zip(*points, strict=True), style, label=label, color="tab:red", alpha=0.7, markersize=4)
+    axes.set(ylabel="score, %", ylim=(0, 105))
 
 
 def _draw_rates(plt: Any, rows: list[Row]) -> Any:
     steps = [row["step"] for row in rows]
-    figure, (rate, waiting) = plt.subplots(2, 1, figsize=(8, 4.5), layout="constrained", sharex=True)
+    known = [row for row in rows if "utilisation" in row]
+    panels = 3 if known else 2
+    figure, (rate, waiting, *more) = plt.subplots(
+        panels, 1, figsize=(8, 2.25 * panels), layout="constrained", sharex=True
+    )
     rate.plot(steps, [row["tokens"] / row["seconds"] for row in rows])
     rate.set(ylabel="tokens a second", ylim=(0, None))
     waiting.plot(steps, [100 * row["waiting_seconds"] / row["seconds"] for row in rows])
-    waiting.set(xlabel="step", ylabel="% waiting for data", ylim=(0, 100))
-    for axes in (rate, waiting):
+    waiting.set(ylabel="% waiting for data", ylim=(0, 100))
+    for roof in more:
+        roof.plot([row["step"] for row in known], [100 * row["utilisation"] for row in known])
+        roof.set(ylabel="% of the matrix roof", ylim=(0, 100))
+    for axes in (rate, waiting, *more):
         axes.grid(alpha=0.3)
+    figure.supxlabel("step")
     return figure
 
 

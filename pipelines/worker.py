@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray.train
 import torch
@@ -17,12 +17,14 @@ from peft import LoraConfig, PeftModel
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from chatglm3.chat import PromptFormat
 from cluster.config import Config
 from pipelines.batches import PackedBatch, Padding, Timed, batches_ahead
 from pipelines.block_files import BlockFile
 from pipelines.blocks import BlockOrder
 from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.progress import MetricsLog
+from pipelines.spot_checks import METRICS, SpotCheck, mean_over_workers
 from pipelines.step import (
     BaseFormat,
     compile_layers,
@@ -31,9 +33,11 @@ from pipelines.step import (
     trainable_model,
 )
 from pipelines.strategies import Replicated, Strategy, Workers, adamw
+from pipelines.utilisation import peak_flops, step_flops
 
 # Checkpoints are kept by their dev loss. Ray Train writes infinity as null, which it cannot read.
 UNKNOWN = sys.float_info.max
+Work = TypeVar("Work")
 
 
 class TrainingPlan(Config):
@@ -62,6 +66,10 @@ class TrainingPlan(Config):
     save_every: int
     eval_every: int
     patience: int = 0
+    prompt_format: PromptFormat = "chat"
+    questions: str = ""
+    """File of dev rows to answer at each evaluation; "": none."""
+    score_tokens: int = 128
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -77,7 +85,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     while not training.done:
         metrics = training.advance()
         if training.step % plan.eval_every == 0 or training.done:
-            metrics |= training.evaluate()
+            metrics |= training.evaluate() | training.answer_questions()
         if log:
             log.write(metrics)
         warning = ray.train.get_preemption_info() is not None  # a node is about to be taken away
@@ -111,7 +119,7 @@ class Training:
         """At the plan's beginning, or where the run was that wrote `start`, on any number of workers."""
         self.plan, self.rank, self.world, self.device = plan, rank, world, device
         torch.manual_seed(plan.seed)  # every worker draws the same adapters
-        self.model: PeftModel = trainable_model(plan.base, plan.base_format, _lora_config(plan.lora), device)
+        self.model: PeftModel = trainable_model(plan.base, plan.base_format, lora_config(plan.lora), device)
         state = load_checkpoint(self.model, start) if start else {"step": 0, "optimizer": None, "dev_losses": []}
         self.step: int = state["step"]
         self.dev_losses: list[float] = state["dev_losses"]
@@ -125,6 +133,8 @@ class Training:
         self.train_blocks, self.dev_blocks = BlockFile(plan.train_blocks), BlockFile(plan.dev_blocks)
         self.order = BlockOrder(len(self.train_blocks), plan.blocks_per_step, plan.seed)
         self.batches = self._batches()
+        check = (plan.questions, plan.base, plan.prompt_format, plan.score_tokens)
+        self.spot_check = SpotCheck(*check) if plan.questions else None
 
     @property
     def done(self) -> bool:
@@ -138,11 +148,11 @@ class Training:
         indices = (index for blocks in steps for index in self._rounds(blocks))
         return batches_ahead((self.train_blocks[i] for i in indices), self.device, self.padding)
 
-    def _rounds(self, blocks: list[int]) -> list[int]:
-        """What this worker computes of `blocks`: its share and, where all must do as many, one that will not count."""
-        mine = blocks[self.rank :: self.world]
-        missing = -(-len(blocks) // self.world) - len(mine)
-        return mine + blocks[:missing] * self.workers.equal_rounds
+    def _rounds(self, work: list[Work]) -> list[Work]:
+        """What this worker computes of `work`: its share and, where all must do as many, one that will not count."""
+        mine = work[self.rank :: self.world]
+        missing = -(-len(work) // self.world) - len(mine)
+        return mine + work[:missing] * self.workers.equal_rounds
 
     def advance(self) -> dict[str, float]:
         """One optimizer step over all workers; returns its metrics. FloatingPointError if the loss is no good."""
@@ -169,7 +179,19 @@ class Training:
             "seconds": seconds,
             "waiting_seconds": batches.seconds,
             "workers": self.world,
-        } | _gpu_memory(self.device)
+        } | self._gpu_metrics(blocks, seconds)
+
+    def _gpu_metrics(self, blocks: list[int], seconds: float) -> dict[str, float]:
+        """Memory and, of a GPU that is known, how much of its matrix roof a step used; {} without a GPU."""
+        if self.device.type != "cuda":
+            return {}
+        metrics = {"memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
+        if peak := peak_flops(torch.cuda.get_device_name(self.device)):
+            known = self.train_blocks
+            counts = (known.token_counts, known.attended_counts, known.target_counts)
+            flops = step_flops(self.model.config, self.plan.lora, *(int(count[blocks].sum()) for count in counts))
+            metrics["utilisation"] = flops / seconds / self.world / peak
+        return metrics
 
     def _check(self, loss: float, norm: float, blocks: list[int]) -> None:
         """Raise FloatingPointError for NaN, and for a loss that guessing at random would not reach by far."""
@@ -202,16 +224,28 @@ class Training:
         self.dev_losses.append(sum_over_workers([], total).item() / targets)
         return {"dev_loss": self.dev_losses[-1]}
 
+    @torch.no_grad()
+    def answer_questions(self) -> dict[str, float]:
+        """Exact match and F1 of the answers to the plan's dev questions; {} where there are none."""
+        if not self.spot_check:
+            return {}
+        started = time.monotonic()
+        # Without gradients, a token takes less than half of what a training step keeps of it, recomputing or not.
+        batches = self.spot_check.batches(2 * self.plan.block_tokens, self.world)
+        mine = len(batches[self.rank :: self.world])
+        points = torch.zeros(len(METRICS), device=self.device)
+        for number, batch in enumerate(self._rounds(batches)):
+            found = self.spot_check.points(self.model, batch, self.workers.equal_rounds)
+            points += torch.tensor(found, device=self.device) * (number < mine)
+        scores = mean_over_workers(points, len(self.spot_check.asked))
+        return scores | {"answering_seconds": time.monotonic() - started}
+
     def save(self, folder: Path | None) -> None:
         """Write a checkpoint into `folder`; with None, take part in what another worker writes."""
         state = {"step": self.step, "dev_losses": self.dev_losses, "optimizer": self.workers.optimizer_state()}
         with self.workers.whole():
             if folder:
                 save_checkpoint(self.model, state, folder)
-
-
-def _gpu_memory(device: torch.device) -> dict[str, float]:
-    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
 
 def _workers(plan: TrainingPlan, model: PeftModel, state: Any) -> Workers:
@@ -233,7 +267,7 @@ def learning_rate(plan: TrainingPlan, step: int) -> float:
     return plan.learning_rate * factor[plan.schedule]
 
 
-def _lora_config(lora: dict[str, Any]) -> LoraConfig:
+def lora_config(lora: dict[str, Any]) -> LoraConfig:
     return LoraConfig(
         r=lora["rank"],
         lora_alpha=lora["alpha"],

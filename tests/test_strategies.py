@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from cluster.errors import StageError
 from pipelines.training import TrainConfig, train
-from tests.training_runs import SETTINGS, assert_same_curve, kill_a_worker_after_step
+from tests.training_runs import SETTINGS, assert_same_curve, kill_a_worker_after_step, scores
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +30,7 @@ def test_zero_gives_the_curve_and_the_adapter_of_ddp_although_a_worker_is_killed
     killer.join(timeout=1)
     assert not killer.is_alive(), "no worker was killed"
     assert_same_curve(out, undisturbed)
+    assert scores(out) == scores(undisturbed)
     torch.testing.assert_close(weights(out), weights(undisturbed), rtol=1e-3, atol=1e-3)
 
 

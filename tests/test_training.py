@@ -18,7 +18,7 @@ from cluster.errors import StageError
 from pipelines.model_folders import open_model
 from pipelines.progress import MetricsLog, read_metrics
 from pipelines.training import TrainConfig, train
-from tests.training_runs import SETTINGS, assert_same_curve, curve, kill_a_worker_after_step, steps_of
+from tests.training_runs import SETTINGS, assert_same_curve, curve, kill_a_worker_after_step, scores, steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +72,7 @@ def test_two_workers_give_the_curve_of_one_although_one_is_killed_in_the_middle(
     killer.join(timeout=1)
     assert not killer.is_alive(), "no worker was killed"
     assert_same_curve(out, undisturbed)
+    assert scores(out) == scores(undisturbed)
 
 
 def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve(

@@ -26,6 +26,12 @@ def assert_same_curve(adapter: str | Path, expected: str | Path) -> None:
     assert [loss for _, loss in curve(adapter)] == pytest.approx([loss for _, loss in curve(expected)], rel=1e-3)
 
 
+def scores(adapter: str | Path) -> list[tuple[float, float]]:
+    """Exact match and F1 of each evaluation."""
+    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").read_text().splitlines()]
+    return [(row["dev_exact_match"], row["dev_f1"]) for row in rows if "dev_loss" in row]
+
+
 def steps_of(run: Path) -> list[str]:
     """The lines of a run's metrics so far."""
     return [line for file in run.glob("run-*/metrics.jsonl") for line in file.read_text().splitlines()]

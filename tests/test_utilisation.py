@@ -1,0 +1,93 @@
+"""Utilisation of the matrix roof: FLOPs as PyTorch counts them, GPUs by name, shown only where it is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.random_checkpoint import native_config
+from pipelines.batches import to_batch
+from pipelines.block_files import BlockFile, write_blocks
+from pipelines.blocks import Block
+from pipelines.progress import describe
+from pipelines.step import answer_loss, trainable_model
+from pipelines.training_report import summary, write_training_report
+from pipelines.utilisation import peak_flops, step_flops
+from pipelines.worker import lora_config
+
+LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "rslora": False, "dora": False}
+
+
+def test_flops_are_those_that_pytorch_counts(tiny: Path) -> None:
+    model = trainable_model(str(tiny), "fp32", lora_config(LORA), torch.device("cpu"))
+    model.get_base_model().model.embed_tokens.weight.requires_grad_(True)  # or the first layer's inputs need none
+    length = 200
+    is_target = np.arange(length) >= 150
+    block = Block(np.arange(length, dtype=np.int32) + 3, is_target, [length], ["a"], 50)
+    # The kernel that leaves out what causal attention does not see is not counted on a CPU; this one sees all pairs.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        answer_loss(model, to_batch(block, torch.device("cpu"))).backward()
+    assert counter.get_total_flops() == step_flops(model.config, LORA, length, length**2, 50)
+
+
+def test_a_token_of_chatglm3_6b_needs_what_the_benchmark_counts_and_its_adapters_and_attention() -> None:
+    lora = {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]}
+    base = step_flops(native_config(28), lora | {"targets": []}, 1, 0, 0)
+    assert base == 4 * 5_710_544_896
+    assert step_flops(native_config(28), lora, 1, 0, 0) - base == 6 * 28 * 4 * (3 * 4096 + 4096 + 2 * 256)
+
+
+def test_pairs_are_counted_within_examples(tmp_path: Path) -> None:
+    block = Block(np.arange(5, dtype=np.int32), np.ones(5, bool), [2, 3], ["a", "b"], 5)
+    write_blocks([block], tmp_path / "blocks.parquet")
+    assert BlockFile(tmp_path / "blocks.parquet").attended_counts.tolist() == [3 + 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
+        ("AMD Instinct MI300X", None),
+        ("", None),
+    ],
+)
+def test_a_gpu_has_its_data_sheets_peak_and_another_device_none(name: str, tflops: float | None) -> None:
+    assert peak_flops(name) == (tflops and pytest.approx(tflops * 1e12))
+
+
+def rows(**more: float) -> list[dict[str, float]]:
+    always = {"loss": 1.5, "seconds": 2.0, "tokens": 3000, "waiting_seconds": 0.5, "workers": 1}
+    return [{"step": step, **always, **more} for step in (1, 2)]
+
+
+def test_line_and_report_show_scores_and_utilisation_where_they_are_known(tmp_path: Path) -> None:
+    scores = {"dev_loss": 1.2, "dev_exact_match": 0.25, "dev_f1": 0.5, "answering_seconds": 3.0}
+    assert describe(rows(), 4) == "loss 1.500, 1,500 tokens/s, waiting for data 25%, 0:00:04 left"
+    assert describe(rows(utilisation=0.5, **scores), 4) == (
+        "loss 1.500 dev 1.200 exact match 0.250 F1 0.500, 1,500 tokens/s, 50% of the matrix roof, "
+        "waiting for data 25%, 0:00:04 left"
+    )
+    known = summary(rows(utilisation=0.5, **scores), 1)
+    assert (known["utilisation"], known["dev_f1"], known["answering_seconds"]) == (0.5, 0.5, 6.0)
+    assert not {"utilisation", "dev_f1"} & summary(rows(), 0).keys()
+    for number, found in enumerate((rows(), rows(utilisation=0.5, **scores))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(f"{row}\n".replace("'", '"') for row in found))
+        write_training_report(folder, {}, 1)
+        page = (folder / "report.html").read_text()
+        assert ("% of the matrix roof" in page, "dev exact match" in page) == (number == 1,) * 2
