@@ -1,5 +1,7 @@
 """The rows that merge calibrates and measures on, and the limits past which it refuses."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,20 +44,26 @@ def _data(config: "MergeConfig", base: ModelFolder, is_asked: bool | None, split
     return Path(data)
 
 
-def calibrate_w4a16(
+def calibration(
     config: "MergeConfig", base: ModelFolder, weights: MergedWeights, facts: dict[str, Any]
-) -> Calibrated | None:
-    """The weights in w4a16 by GPTQ, if that is the format and there are rows to calibrate on."""
+) -> Callable[[], Calibrated] | None:
+    """What makes the weights in w4a16 by GPTQ, once; None if another format is asked for, or there are no rows."""
     data = _data(config, base, config.calibrate, "train") if config.format == "w4a16" else None
     if not data:
         return None
-    drawn = shuffled_examples(data, "train", base.path, facts["prompt_format"])
-    rows = [example.ids for example in take(drawn, CALIBRATION_TOKENS, lambda example: len(example.ids))]
-    found = calibrate(in_memory(weights), rows)
-    print(
-        f"merge: w4a16 by GPTQ: outputs off by {found.error:.2%}, with the nearest values {found.error_of_nearest:.2%}"
-    )
-    return found
+
+    @cache
+    def calibrated() -> Calibrated:
+        drawn = shuffled_examples(data, "train", base.path, facts["prompt_format"])
+        rows = [example.ids for example in take(drawn, CALIBRATION_TOKENS, lambda example: len(example.ids))]
+        found = calibrate(in_memory(weights), rows)
+        print(
+            f"merge: w4a16 by GPTQ: outputs off by {found.error:.2%}, with the nearest values "
+            f"{found.error_of_nearest:.2%}"
+        )
+        return found
+
+    return calibrated
 
 
 def make_yardstick(config: "MergeConfig", base: ModelFolder, prompt_format: PromptFormat) -> Yardstick | None:

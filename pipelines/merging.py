@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from cluster.config import Config
 from pipelines.folding import MergedWeights, Onto
 from pipelines.gptq import Calibrated
 from pipelines.merge_inputs import make_facts, open_base, told_by_all
-from pipelines.merge_measures import calibrate_w4a16, make_yardstick, measure
+from pipelines.merge_measures import calibration, make_yardstick, measure
 from pipelines.model_card import verify, write_card, write_sums
 from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weight_files import write_weights
@@ -101,8 +102,7 @@ def merge(config: MergeConfig) -> str:
         if yardstick:
             receipt.counts |= measure(folder, weights, config, yardstick)
         write_card(folder, receipt.facts, config.model_dump(), yardstick.results if yardstick else {})
-        write_sums(folder)
-        receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+        receipt.counts["bytes"] = write_sums(folder)
     names = " + ".join(name if factor == 1 else f"{factor} x {name}" for name, factor in config.adapters.items())
     what = f"{names} folded into {base.name}" if names else f"{base.name} converted"
     size = f"{receipt.counts['bytes'] / 1e6:,.1f} MB"
@@ -122,14 +122,14 @@ def _write_best(
     """Write the model; where --onto auto leaves the choice, both, of which the one that answers better stays."""
     if config.onto != "auto":
         weights = MergedWeights(base.path, config.adapters, config.onto)
-        write_model(folder, weights, config.format, calibrate_w4a16(config, base, weights, facts))
+        write_model(folder, weights, config.format, calibration(config, base, weights, facts))
         return weights
     assert yardstick, "auto asks for one"
     tried: dict[str, MergedWeights] = {}
     losses: dict[str, float] = {}
     for onto in ONTO:
         tried[onto] = MergedWeights(base.path, config.adapters, onto)
-        write_model(folder / onto, tried[onto], config.format, calibrate_w4a16(config, base, tried[onto], facts))
+        write_model(folder / onto, tried[onto], config.format, calibration(config, base, tried[onto], facts))
         losses[onto] = yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)).loss
     best = min(ONTO, key=lambda onto: losses[onto])
     for file in (folder / best).iterdir():
@@ -141,10 +141,13 @@ def _write_best(
 
 
 def write_model(
-    folder: Path, weights: MergedWeights, weight_format: WeightFormat, calibrated: Calibrated | None = None
+    folder: Path,
+    weights: MergedWeights,
+    weight_format: WeightFormat,
+    calibrated: Callable[[], Calibrated] | None = None,
 ) -> None:
     """Weights and config.json. Memory holds one file's tensors beside the mapped ones, whatever the model's size; but
-    `calibrated` ones are all there already.
+    what `calibrated` gives, if any file is yet to be written, holds the whole model.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"  # for quantising: a minute on two cores, a second there
 
@@ -152,7 +155,7 @@ def write_model(
         if weight_format == "bf16" or not is_quantised(name):
             return {name: weights[name]}
         if calibrated:
-            return calibrated.tensors.pop(name)
+            return calibrated().tensors.pop(name)
         made = QUANTISE[weight_format](name, weights[name].to(device))
         return {part: tensor.cpu().contiguous() for part, tensor in made.items()}
 

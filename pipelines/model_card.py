@@ -31,11 +31,13 @@ def write_card(
     (folder / "README.md").write_text(f"{_HEAD}{rows}\n## Agreement\n\n{measured}\n{_USE}", encoding="utf-8")
 
 
-def write_sums(folder: Path) -> None:
-    """Write the checksums of every file in the folder so far."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+def write_sums(folder: Path) -> int:
+    """Write the checksums of every file in the folder so far; returns their bytes."""
+    # A run that was killed just before its folder was renamed leaves a receipt, which is written anew after this.
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (SUMS, storage.RECEIPT))
     text = "".join(f"{storage.file_digest(path)}  {path.name}\n" for path in files)
     (folder / SUMS).write_text(text, encoding="utf-8")
+    return sum(path.stat().st_size for path in files)
 
 
 def verify(folder: Path) -> int:

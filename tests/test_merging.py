@@ -1,13 +1,9 @@
-"""Adapters folded into their base: the weights to the bit, the three formats, receipts, refusals, kill -9."""
+"""Adapters folded into their base: the weights to the bit, the three formats, receipts, refusals."""
 
 import asyncio
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +27,10 @@ from cluster.errors import StageError
 from pipelines.folding import folded
 from pipelines.gptq import quantise
 from pipelines.merging import MergeConfig, merge
-from pipelines.model_folders import open_model
 from pipelines.weight_formats import QUANTISE, group_scales, through_nf4
+from tests.merge_inputs import FACTS, TARGETS, demo_rows, digest, tuned_adapter, tuned_tiny
 
 WEIGHTS = "model.safetensors"
-FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +53,6 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with storage.publish(out, storage.Receipt("train", {}, facts=facts)) as folder:
         tuned_adapter(base, folder, std=0.05)
     return out
-
-
-def tuned_adapter(base: Path | str, folder: Path, std: float) -> None:
-    """Write an adapter that changes every linear layer; `std` says how much."""
-    torch.manual_seed(1)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
-    model = get_peft_model(load_model(base), LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=std)
-    model.save_pretrained(folder, save_embedding_layers=False)
-
-
-def digest(folder: Path | str) -> str:
-    return open_model(str(folder), "--base").weights_digest
 
 
 def with_tokenizer(shared: Path, name: str, folder: Path) -> Path:
@@ -116,8 +96,7 @@ def test_the_merged_model_computes_what_base_and_adapter_compute(base: Path, old
 def peft_adapter(base: Path | str, folder: Path, seed: int = 1, **options: Any) -> Any:
     """Write an adapter on all linear layers with random B, and return the live model."""
     torch.manual_seed(seed)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
-    model = get_peft_model(load_model(base, dtype=torch.float32), LoraConfig(target_modules=targets, **options))
+    model = get_peft_model(load_model(base, dtype=torch.float32), LoraConfig(target_modules=TARGETS, **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02)
@@ -456,74 +435,17 @@ def test_a_large_model_is_written_in_files_with_an_index_and_is_the_same(
     assert AutoModelForCausalLM.from_pretrained(out).config.model_type == "glm"
 
 
-def test_a_killed_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", 20_000)
-    config = MergeConfig(adapter=str(adapter), out=str(tmp_path / "model"))
-    made: list[str] = []
-
-    def dying(weight: torch.Tensor, updates: Any) -> torch.Tensor:
-        made.append("")
-        if len(made) == 8:
-            raise KeyboardInterrupt
-        return folded(weight, updates)
-
-    monkeypatch.setattr("pipelines.folding.folded", dying)
-    with pytest.raises(KeyboardInterrupt):
-        merge(config)
-    (partial,) = tmp_path.iterdir()
-    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
-    assert len(finished) > 4
-    merge(config)
-    out = tmp_path / "model"
-    assert len(made) == 8 + 18 - 6, "of 18 matrices, the 6 in finished files are not made again"
-    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
-    made.clear()
-    with pytest.raises(KeyboardInterrupt):
-        merge(config)
-    merge(config.model_copy(update={"format": "nf4"}))
-    assert list(tmp_path.iterdir()) == [out]
-    assert load_model(out).is_loaded_in_4bit
-
-
-def test_a_merge_killed_in_the_middle_leaves_no_model_and_the_next_one_clears_up(adapter: Path, tmp_path: Path):
-    command = ["-m", "pipelines", "merge", "--adapter", str(adapter), "--out", str(tmp_path / "model")]
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (leftovers := list(tmp_path.glob(".model.partial-*"))):
-        assert process.poll() is None, "it ended before it wrote anything"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert list(tmp_path.iterdir()) == leftovers
-    merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "model")))
-    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
-
-
 # What is measured, and what the folder says of itself.
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Rows of 24 of the demo's questions, for both sides."""
-    folder = tmp_path_factory.mktemp("data")
-    pairs = [[message["content"] for message in lesson.messages] for lesson in demo_lessons(24)]
-    rows = [json.dumps({"instruction": asked, "output": answer}) for asked, answer in pairs]
-    for split in ("train", "dev"):
-        (folder / split).mkdir()
-        (folder / split / "part-00000.jsonl").write_text("\n".join(rows) + "\n")
-    return str(folder)
+    return demo_rows(tmp_path_factory.mktemp("data") / "data")
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An adapter on the tiny model that changes a little, trained, its receipt says, on a base in NF4."""
-    facts = {"base": "tiny", "base_digest": digest("tiny"), "tokenizer": load_tokenizer("tiny").fingerprint}
-    out = tmp_path_factory.mktemp("tuned") / "adapter"
-    receipt = storage.Receipt("train", {"base_format": "nf4"}, facts={**FACTS, **facts, "prompt_format": "chat"})
-    with storage.publish(out, receipt) as folder:
-        tuned_adapter("tiny", folder, std=0.2)
-    return str(out)
+    return tuned_tiny(tmp_path_factory.mktemp("tuned") / "adapter")
 
 
 def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, data: str, tmp_path: Path):

@@ -1,0 +1,157 @@
+"""kill -9 in the middle of a merge: at --out there is a whole model or none, and the same command goes on."""
+
+import json
+import multiprocessing
+import random
+import runpy
+import shutil
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatglm3 import load_model
+from cluster import storage
+from pipelines import weight_files
+from pipelines.folding import folded
+from pipelines.merging import MergeConfig, merge
+from pipelines.model_card import SUMS, verify
+from tests.merge_inputs import demo_rows, tuned_tiny
+
+FILE_BYTES = 1_000_000  # the tiny model's weights in eight files, to be killed between two
+KILLS = 5  # of each format
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tuned_tiny(tmp_path_factory.mktemp("tuned") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return demo_rows(tmp_path_factory.mktemp("data") / "data")
+
+
+def command(*flags: str) -> None:
+    """`python -m pipelines merge FLAGS`, with small weight files."""
+    weight_files.FILE_BYTES = FILE_BYTES
+    sys.argv[1:] = ["merge", *flags]
+    runpy.run_module("pipelines", run_name="__main__", alter_sys=True)
+
+
+def started(*flags: str) -> BaseProcess:
+    """The command in a process of its own, forked from one that has imported already what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.merging", "transformers.models.glm.modeling_glm", __name__])
+    process = context.Process(target=command, args=flags)
+    process.start()
+    return process
+
+
+def finish(*flags: str) -> None:
+    process = started(*flags)
+    process.join()
+    assert process.exitcode == 0
+
+
+def timed(out: Path, *flags: str) -> tuple[float, float]:
+    """Seconds from the start of an undisturbed run to its first trace beside `out`, and to its end."""
+    process, start = started(*flags), time.monotonic()
+    while not any(out.parent.iterdir()):
+        time.sleep(0.002)
+    begins = time.monotonic() - start
+    process.join()
+    assert process.exitcode == 0
+    return begins, time.monotonic() - start
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file, of the receipt all but its seconds."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    receipt = json.loads(files[storage.RECEIPT])
+    return files | {storage.RECEIPT: json.dumps(receipt | {"seconds": 0}).encode()}
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "w4a16"])
+def test_kill_9_at_any_moment_leaves_a_whole_model_or_none_and_the_same_command_then_finishes(
+    weight_format: str, adapter: str, data: str, tmp_path: Path
+):
+    out = tmp_path / "model"
+    flags = "--adapter", adapter, "--data", data, "--format", weight_format, "--out", str(out)
+    finish("--help")  # from now on there is a process to fork from
+    begins, ends = timed(out, *flags)
+    undisturbed = content(out)
+    seed = random.SystemRandom().randrange(10**6)
+    drawn, exit_codes = random.Random(seed), []
+    for number in range(KILLS):
+        moment = drawn.uniform(begins, ends)
+        print(f"seed {seed}: killed after {moment:.3f} s; undisturbed, it writes from {begins:.3f} to {ends:.3f} s")
+        if number % 2:  # every other one replaces a finished model
+            shutil.rmtree(out)
+        process = started(*flags)
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        exit_codes.append(process.exitcode)
+        if out.exists():
+            assert verify(out) == len(undisturbed) - 2  # all but the receipt and the checksums themselves
+            assert content(out) == undisturbed
+        finish(*flags)
+        assert content(out) == undisturbed
+        assert list(tmp_path.iterdir()) == [out]
+    assert exit_codes.count(-signal.SIGKILL) > 1, exit_codes  # a moment near the end can come too late
+
+
+def test_a_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", FILE_BYTES)
+    config = MergeConfig(adapter=adapter, out=str(tmp_path / "model"))
+    made: list[str] = []
+
+    def dying(weight: torch.Tensor, updates: Any) -> torch.Tensor:
+        made.append("")
+        if len(made) == 20:
+            raise KeyboardInterrupt
+        return folded(weight, updates)
+
+    monkeypatch.setattr("pipelines.folding.folded", dying)
+    with pytest.raises(KeyboardInterrupt):
+        merge(config)
+    (partial,) = tmp_path.iterdir()
+    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(finished) == 5
+    merge(config)
+    out = tmp_path / "model"
+    assert len(made) == 20 + 36 - 19, "of 36 matrices, the 19 in finished files are not made again"
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        merge(config)
+    merge(config.model_copy(update={"format": "nf4"}))
+    assert list(tmp_path.iterdir()) == [out]
+    assert load_model(out).is_loaded_in_4bit
+
+
+def test_a_merge_whose_weights_are_all_written_is_not_calibrated_again(
+    adapter: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = MergeConfig(adapter=adapter, data=data, format="w4a16", measure=False, out=str(tmp_path / "model"))
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("pipelines.merging.write_card", interrupt)
+        merge(config)
+    (partial,) = tmp_path.iterdir()
+    (partial / storage.RECEIPT).write_text("of a run that was killed before its last step, the renaming")
+    monkeypatch.setattr("pipelines.merge_measures.calibrate", interrupt)
+    out = Path(merge(config))
+    assert merge(MergeConfig(verify=str(out))) == str(out)
+    assert storage.RECEIPT not in (out / SUMS).read_text()
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
