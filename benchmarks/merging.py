@@ -2,9 +2,11 @@
 
     python -m benchmarks.random_checkpoint --out /tmp/random-6b
     python -m benchmarks.merging --base /tmp/random-6b --out /tmp/merged
+    python -m benchmarks.merging --base /tmp/random-6b --out /tmp/merged copy int8
 
 Memory is what a process has for itself (RssAnon): mapped files are the page cache's, which gives way. `whole` is the
-predecessor's way: the model in memory, PEFT's merge_and_unload, save_pretrained.
+predecessor's way: the model in memory, PEFT's merge_and_unload, save_pretrained. w4a16 has the nearest values here:
+GPTQ needs rows.
 """
 
 import argparse
@@ -47,27 +49,27 @@ def merge_whole(base: Path, adapter: Path, out: Path) -> None:
     load_adapter(load_model(base, dtype=torch.bfloat16), adapter).merge_and_unload().save_pretrained(out)
 
 
-def measure(name: str, base: Path, adapter: Path, out: Path) -> tuple[float, float]:
-    """Run one contender in a process of its own; seconds, and GB of its own memory at the peak."""
+def measure(name: str, base: Path, adapter: Path, out: Path) -> tuple[int, float, float]:
+    """Run one contender in a process of its own; its exit code, seconds, and GB of its own memory at the peak."""
     shutil.rmtree(out, ignore_errors=True)
-    if name == "copy":
-        command = ["cp", "-r", str(base), str(out)]
-    elif name == "whole":
-        arguments = ["--base", str(base), "--out", str(out), "--only", str(adapter)]
-        command = [sys.executable, "-m", "benchmarks.merging", *arguments]
-    else:
-        folders = ["--adapter", str(adapter), "--base", str(base), "--out", str(out)]
-        command = [sys.executable, "-m", "pipelines", "merge", *folders, "--prompt_format", "chat", "--format", name]
     started, peak = time.monotonic(), 0
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(_command(name, base, adapter, out))
     while process.poll() is None:
         peak = max(peak, _own_memory(process.pid))
         time.sleep(SAMPLE_EVERY_S)
-    if process.returncode:
-        raise SystemExit(f"{name} failed with {process.returncode}")
     seconds = time.monotonic() - started
     subprocess.run(["sync"], check=True)  # what one contender left to write must not slow the next
-    return seconds, peak / 1e6
+    return process.returncode, seconds, peak / 1e6
+
+
+def _command(name: str, base: Path, adapter: Path, out: Path) -> list[str]:
+    if name == "copy":
+        return ["cp", "-r", str(base), str(out)]
+    if name == "whole":
+        arguments = ["--base", str(base), "--out", str(out), "--only", str(adapter)]
+        return [sys.executable, "-m", "benchmarks.merging", *arguments]
+    folders = ["--adapter", str(adapter), "--base", str(base), "--out", str(out)]
+    return [sys.executable, "-m", "pipelines", "merge", *folders, "--prompt_format", "chat", "--format", name]
 
 
 def _own_memory(pid: int) -> int:
@@ -92,13 +94,16 @@ def main() -> None:
         return
     adapter = chosen.out.with_name(f"{chosen.out.name}-adapter")
     write_adapter(adapter, chosen.base)
-    print("| | seconds | of a copy | own memory, GB |\n|---|--:|--:|--:|")
+    print("| | seconds | of a copy | own memory, GB | output, GB |\n|---|--:|--:|--:|--:|")
     copied = 0.0
     for name in chosen.contenders:
-        seconds, peak = measure(name, chosen.base, adapter, chosen.out)
+        exit_code, seconds, peak = measure(name, chosen.base, adapter, chosen.out)
         copied = copied or seconds
-        print(f"| {name} | {seconds:.0f} | {seconds / copied:.1f} | {peak:.2f} |", flush=True)
-    shutil.rmtree(chosen.out)
+        size = sum(file.stat().st_size for file in chosen.out.iterdir()) / 1e9 if chosen.out.is_dir() else 0
+        failed = f" (ended with {exit_code})" if exit_code else ""
+        print(f"| {name}{failed} | {seconds:.0f} | {seconds / copied:.1f} | {peak:.2f} | {size:.2f} |", flush=True)
+    for folder in (chosen.out, adapter):
+        shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))
 
 
