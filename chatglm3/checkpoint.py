@@ -1,5 +1,6 @@
 """ChatGLM3 weights, in the official layout or the native one, as transformers' own GlmForCausalLM."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def load_model(
     if quantised and config.quantization_config.get("quant_method") == "compressed-tensors":
         # Else they stay packed until the first forward pass of the whole model, and an engine runs its layers alone.
         config.quantization_config["dequantize"] = True
-    tensors = open_tensors(folder, config)
+    tensors = dict(open_tensors(folder, config))
     # A state dict is the public way in for renamed tensors. A conversion mapping would be undone again on saving,
     # which leaves hybrid folders, and NF4 ones that cannot be loaded.
     model: GlmForCausalLM = GlmForCausalLM.from_pretrained(
@@ -55,8 +56,9 @@ def load_model(
     return model
 
 
-def open_tensors(folder: Path, config: GlmConfig) -> dict[str, torch.Tensor]:
-    """Native name -> tensor of a folder with that config; what is stored as it is used stays on disk until then.
+def open_tensors(folder: Path, config: GlmConfig) -> Mapping[str, torch.Tensor]:
+    """Native name -> tensor of a folder with that config. They stay on disk until they are used; official int8 and
+    int4 ones are dequantised whenever they are asked for.
 
     ModelError if a tensor is missing, left over or of another shape.
     """

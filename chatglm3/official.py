@@ -1,5 +1,6 @@
 """The official ChatGLM3 layout (config.json and tensors) in terms of transformers' GlmForCausalLM."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,16 @@ class OfficialTensor(NamedTuple):
 
     shape: tuple[int, ...]
     parts: dict[str, int]
+
+
+class _Rows(NamedTuple):
+    """A native tensor as an official folder stores it."""
+
+    stored: torch.Tensor
+    scale: torch.Tensor | None
+    """[rows] of an int8 or int4 one."""
+    columns: int
+    """Of the tensor itself: an int4 one is stored in half as many."""
 
 
 def translate_config(folder: Path, raw: dict[str, Any]) -> GlmConfig:
@@ -129,11 +140,28 @@ def _whole(native: str, *shape: int) -> OfficialTensor:
     return OfficialTensor(shape, {native: shape[0]})
 
 
-def native_tensors(folder: Path, weights: dict[str, Weight], config: GlmConfig) -> dict[str, torch.Tensor]:
-    """Native name -> tensor: a view of the official one, or its dequantised copy where that is int8 or int4.
+class NativeTensors(Mapping[str, torch.Tensor]):
+    """Native name -> tensor of an official folder: rows of the official one, which stay on disk until they are used.
 
-    ModelError if a tensor is missing, left over or of another shape.
+    Where that is int8 or int4, they are dequantised each time they are asked for: memory need not hold all of them.
     """
+
+    def __init__(self, rows: dict[str, _Rows]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        rows = self._rows[name]
+        return rows.stored if rows.scale is None else dequantise(rows.stored, rows.scale, rows.columns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def native_tensors(folder: Path, weights: dict[str, Weight], config: GlmConfig) -> NativeTensors:
+    """The tensors of an official folder. ModelError if one is missing, left over or of another shape."""
     expected = layout(config)
     quantised = {f"{name}_scale" for name, (_, tensor) in weights.items() if tensor.dtype == torch.int8}
     for name in expected:
@@ -142,25 +170,28 @@ def native_tensors(folder: Path, weights: dict[str, Weight], config: GlmConfig) 
     for name, (file, _) in weights.items():
         if name not in expected and name not in quantised and name != _ROTARY_BUFFER:
             raise ModelError(f"{file}: {name} is not in the model of config.json: use its own config.json")
-    native: dict[str, torch.Tensor] = {}
+    native: dict[str, _Rows] = {}
     for name, (shape, parts) in expected.items():
-        tensor = _floating(name, weights, shape)
-        if tensor.shape != shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        stored, scale = weights[name].tensor, _scale(name, weights, shape)
+        if scale is None and (stored.shape != shape or not stored.is_floating_point()):
+            found = f"{stored.dtype} {tuple(stored.shape)}"
             raise ModelError(
                 f"{weights[name].file}: {name} is {found}, config.json wants {shape}: use its own config.json"
             )
-        native |= zip(parts, torch.split(tensor, list(parts.values())), strict=True)
-    return native
+        sizes = list(parts.values())
+        scales = [None] * len(sizes) if scale is None else torch.split(scale, sizes)
+        for part, rows, row_scales in zip(parts, torch.split(stored, sizes), scales, strict=True):
+            native[part] = _Rows(rows, row_scales, shape[-1])
+    return NativeTensors(native)
 
 
-def _floating(name: str, weights: dict[str, Weight], shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor of that name, dequantised if it is a well-formed quantised matrix."""
-    tensor = weights[name].tensor
-    scale = weights.get(f"{name}_scale")
-    if tensor.dtype != torch.int8 or scale is None or tensor.dim() != 2 or scale.tensor.shape != shape[:1]:
-        return tensor
-    return dequantise(tensor, scale.tensor, columns=shape[1])
+def _scale(name: str, weights: dict[str, Weight], shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The scales [rows] of that tensor, if it is a well-formed int8 or int4 matrix of that shape."""
+    stored, scale = weights[name].tensor, weights.get(f"{name}_scale")
+    if stored.dtype != torch.int8 or scale is None or stored.dim() != 2 or scale.tensor.shape != shape[:1]:
+        return None
+    is_whole = len(stored) == shape[0] and shape[1] in (stored.shape[1], 2 * stored.shape[1])
+    return scale.tensor if is_whole else None
 
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers import GlmConfig
 
 from chatglm3.adapters import lora_scale, native_adapter
 from chatglm3.checkpoint import open_tensors, read_config
+from chatglm3.official import native_shapes
 from cluster.errors import StageError
 from pipelines.weight_formats import through_nf4
 
@@ -44,7 +45,7 @@ class MergedWeights:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Native name -> shape of each tensor."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        return native_shapes(self.config)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor in bf16: added in fp32 and rounded once, where PEFT's own merge rounds twice."""

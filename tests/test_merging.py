@@ -20,11 +20,12 @@ from chatglm3.adapters import load_adapter, native_adapter
 from chatglm3.chat import prompt_ids, render
 from chatglm3.checkpoint import read_config
 from chatglm3.engines import Sampling, complete, load_engine
+from chatglm3.official import dequantise
 from chatglm3.quantization import INT8, NF4
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
-from pipelines.folding import folded
+from pipelines.folding import MergedWeights, folded
 from pipelines.gptq import quantise
 from pipelines.merging import MergeConfig, merge
 from pipelines.weight_formats import QUANTISE, group_scales, through_nf4
@@ -325,6 +326,24 @@ def test_an_official_int4_folder_is_dequantised_with_a_note(
     merged = load_model(merge(MergeConfig(base=str(folder), out=str(tmp_path / "model")))).state_dict()
     assert "official int4 format" in capsys.readouterr().err
     assert all(torch.equal(merged[name], weight.bfloat16()) for name, weight in load_model(folder).state_dict().items())
+
+
+def test_an_official_int4_folder_is_dequantised_matrix_by_matrix(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So that memory need not hold the model in 16 bits, which is four times the folder."""
+    made: list[tuple[int, ...]] = []
+
+    def counted(stored: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
+        made.append((len(stored), columns))
+        return dequantise(stored, scale, columns)
+
+    monkeypatch.setattr("chatglm3.official.dequantise", counted)
+    weights = MergedWeights(with_tokenizer(shared, "int4-fp16-bin", tmp_path / "int4"), {}, "16bit")
+    assert made == []
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert weights[name].shape == weights.shapes[name]
+    assert made == [weights.shapes[name]]
 
 
 def test_an_old_adapter_is_taken_for_chat_unless_told_otherwise(

@@ -51,6 +51,15 @@ def test_official_int4_and_int8_weights_are_dequantised_bit_by_bit(shared, name)
         assert torch.equal(found, weight)
 
 
+def test_a_damaged_int4_matrix_is_refused(shared, tmp_path):
+    folder = copied(shared / "chatglm3/ckpt/int4-fp16-bin", tmp_path / "model")
+    weights, config = open_weights(folder), read_config(folder)
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    weights[name] = weights[name]._replace(tensor=weights[name].tensor[:, :-1])
+    with pytest.raises(ModelError, match=r"dense_4h_to_h.weight is torch.int8 \(.*\), config.json wants \("):
+        official.native_tensors(folder, weights, config)
+
+
 GLM4 = {"eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329, "padded_vocab_size": 151552}
 
 
