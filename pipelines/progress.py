@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch.utils.tensorboard import SummaryWriter
 
 SECONDS_BETWEEN_LINES = 20  # without a terminal, a bar becomes lines
+DEV_METRICS = {"dev_loss": "dev", "dev_exact_match": "exact match", "dev_f1": "F1"}
 
 
 class MetricsLog:
@@ -95,22 +96,16 @@ class LossBoard:
                     last_line = time.monotonic()
 
 
-_DEV = {"dev_loss": "dev", "dev_exact_match": "exact match", "dev_f1": "F1"}
-
-
-def _last(rows: list[dict[str, Any]], name: str) -> float | None:
-    return next((row[name] for row in reversed(rows) if name in row), None)
-
-
 def describe(rows: list[dict[str, Any]], steps: int) -> str:
     """Means of the last ten steps, and how long the rest will take."""
     recent = rows[-10:]
     loss, seconds, tokens = (sum(row[name] for row in recent) for name in ("loss", "seconds", "tokens"))
-    dev = [f" {short} {last:.3f}" for name, short in _DEV.items() if (last := _last(rows, name)) is not None]
+    last = {name: row[name] for row in rows for name in DEV_METRICS if name in row}
+    dev = "".join(f" {DEV_METRICS[name]} {value:.3f}" for name, value in last.items())
     left = timedelta(seconds=round((steps - len(rows)) * seconds / len(recent)))
     waiting = sum(row["waiting_seconds"] for row in recent) / seconds
     utilisation = f"{used:.0%} of the matrix roof, " if (used := mean_utilisation(recent)) is not None else ""
     return (
-        f"loss {loss / len(recent):.3f}{''.join(dev)}, {tokens / seconds:,.0f} tokens/s, "
+        f"loss {loss / len(recent):.3f}{dev}, {tokens / seconds:,.0f} tokens/s, "
         f"{utilisation}waiting for data {waiting:.0%}, {left} left"
     )

@@ -74,6 +74,7 @@ class _Wandb:
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", finish_timeout=SECONDS_TO_FINISH)
+        wandb.setup(settings=quiet)  # or, without a key, it would ask for one on the terminal of the progress bar
         self._run = wandb.init(
             id=run_id, name=folder.name, resume="allow", dir=folder, config=dict(settings), settings=quiet
         )

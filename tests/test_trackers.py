@@ -2,7 +2,12 @@
 
 import importlib.util
 import json
+import os
+import pty
+import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,8 +116,6 @@ def test_a_server_that_is_gone_is_warned_of_once_and_has_all_steps_when_it_is_ba
 def test_a_server_that_does_not_answer_holds_the_end_of_training_up_for_seconds_only(
     local: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import socket
-
     monkeypatch.setattr("pipelines.trackers.SECONDS_TO_FINISH", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -120,6 +123,20 @@ def test_a_server_that_does_not_answer_holds_the_end_of_training_up_for_seconds_
         train_steps(local, ["mlflow"], range(1, 3))
         assert time.monotonic() - started < 2 * SECONDS_TO_FINISH
     assert "mlflow lacks metrics" in capsys.readouterr().err
+
+
+def test_wandb_without_a_key_is_warned_of_and_asks_for_none_on_the_terminal(tmp_path: Path) -> None:
+    script = "import pathlib, sys; from pipelines.trackers import tracked\n"
+    script += "with tracked(['wandb'], pathlib.Path(sys.argv[1]), {}): pass"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "xterm", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    terminal, other_end = pty.openpty()
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    ended = subprocess.run(command, env=env, stdin=other_end, stdout=other_end, stderr=other_end, timeout=60)
+    assert ended.returncode == 0
+    assert os.read(terminal, 10000).decode().startswith("warning: wandb lacks metrics")
+    os.close(terminal)
+    os.close(other_end)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
