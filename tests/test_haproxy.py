@@ -3,6 +3,7 @@
 import stat
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def env() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def running(env: dict[str, str]) -> Iterator[Service]:
-    with service(example_config(1), env) as running:
+    config = example_config(1)
+    config["applications"][0]["deployments"][0] |= {"max_ongoing_requests": 4, "max_queued_requests": 2}
+    with service(config, env) as running:
         wait_for(lambda: running.processes(HAPROXY_PROCESS), 30)
         yield running
 
@@ -73,6 +76,17 @@ def test_a_client_that_leaves_ends_its_request(running, endless):
         assert b'"role":"assistant"' in next(stream.iter_raw())
     aborted = 'chatglm3_request_success_total{finished_reason="abort",model="tiny"} 1.0'
     wait_for(lambda: aborted in metrics_of(running), 1, lambda: metrics_of(running))
+
+
+def test_beyond_the_queue_the_answer_is_503_with_a_time_to_come_again(running, endless):
+    def ask() -> httpx.Response:
+        return httpx.post(f"{running.url}/v1/chat/completions", json=body(max_tokens=500, **endless), timeout=60)
+
+    with ThreadPoolExecutor(12) as threads:
+        answers = [future.result() for future in [threads.submit(ask) for _ in range(12)]]
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert len(refused) == 12 - 4 - 2
+    assert {(answer.status_code, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
 
 
 def test_nothing_of_it_but_the_api_is_open_and_that_where_the_config_file_says(running, env):

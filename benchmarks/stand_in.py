@@ -1,0 +1,109 @@
+"""The API over an engine without a model, which says a token at a given pace: what is left is HTTP's and Serve's cost.
+
+`build` is the application for Ray Serve; `uvicorn --factory benchmarks.stand_in:bare` is the same without Ray, its pace
+in $TOKENS_PER_S.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application
+
+from chatglm3.engines import AdapterFolders, Delta, Load, Sampling
+from chatglm3.tiny import FOLDER
+from chatglm3.tokenizer import load_tokenizer
+from serve_app import front
+from serve_app.metering import MeteredEngine
+from serve_app.metrics import Metrics, Sink
+from serve_app.ray_metrics import RaySink
+from serve_app.routes import make_api
+
+NAME = "stand-in"
+
+
+class StandIn:
+    """Answers every prompt with as many tokens as it may: a first word at once, and each other at its time."""
+
+    healthy = True
+    context_length = 8192
+    adapters = AdapterFolders()
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._pace_s = 1 / tokens_per_s
+        self._running = 0
+
+    @property
+    def load(self) -> Load:
+        """See `Engine.load`."""
+        return Load(self._running, waiting=0, waiting_tokens=0, cache_use=0.0)
+
+    async def prepare(self, sampling: Sampling) -> None:
+        """See `Engine.prepare`."""
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """See `Engine.generate`."""
+        self._running += 1
+        began = time.monotonic()
+        try:
+            yield Delta("\n", (5,))  # ends ChatGLM3's metadata line
+            for number in range(1, sampling.max_tokens):
+                await asyncio.sleep(began + (number - 1) * self._pace_s - time.monotonic())
+                yield Delta("word ", (5,), "length" if number == sampling.max_tokens - 1 else None)
+        finally:
+            self._running -= 1
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+
+
+def api(tokens_per_s: float, sinks: list[Sink], behind_serve: bool) -> FastAPI:
+    """The API with all that stands before it."""
+    args = front.FrontArgs(request_timeout_s=0)
+    metrics = Metrics(NAME, sinks)
+    engine = MeteredEngine(StandIn(tokens_per_s), metrics)
+    made = make_api(engine, load_tokenizer(FOLDER), NAME, "chat", on_answer=metrics.answered)
+    front.install(made, args, engine, metrics, behind_serve=behind_serve)
+    return made
+
+
+def bare() -> FastAPI:
+    """Without Ray."""
+    return api(float(os.environ["TOKENS_PER_S"]), [], behind_serve=False)
+
+
+class StandInArgs(BaseModel):
+    """Arguments of the application."""
+
+    tokens_per_s: float
+    """Of each answer."""
+
+
+def build(args: StandInArgs) -> Application:
+    """With Ray Serve."""
+    return StandInServer.bind(args.tokens_per_s)  # type: ignore[attr-defined]  # Serve's decorator adds it
+
+
+def config(tokens_per_s: float) -> dict[str, Any]:
+    """A Serve config file of the application."""
+    application = {"name": NAME, "route_prefix": "/", "import_path": "benchmarks.stand_in:build"}
+    application |= {"args": {"tokens_per_s": tokens_per_s}}
+    # Serve's access log would be a line a request, in both.
+    return {"logging_config": {"enable_access_log": False}, "applications": [application]}
+
+
+@serve.deployment(max_ongoing_requests=2000)
+@serve.ingress()
+class StandInServer:
+    """Serves as `serve_app.app.ChatServer` does."""
+
+    def __init__(self, tokens_per_s: float) -> None:
+        self._tokens_per_s = tokens_per_s
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return api(self._tokens_per_s, [RaySink(serve.get_replica_context().replica_tag)], behind_serve=True)
