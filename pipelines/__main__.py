@@ -13,7 +13,7 @@ STAGES = {
     "prepare": ("pipelines.preparation:prepare", "check raw shards, split by document, write instruction rows"),
     "train": ("pipelines.training:train", "fine-tune a LoRA adapter on any number of workers"),
     "sweep": ("pipelines.sweeping:sweep", "try ranks, learning rates and layers; write the best as run.yaml"),
-    "merge": ("pipelines.merging:merge", "fold an adapter into its base: bf16, nf4 or int8"),
+    "merge": ("pipelines.merging:merge", "fold an adapter into its base: bf16, nf4, int8, fp8 or w4a16"),
     "evaluate": ("pipelines.evaluation:evaluate", "score a model on the dev rows, beside another one"),
     "predict": ("pipelines.prediction:predict", "ask one question, or chat in the terminal"),
     "demo": ("pipelines.demo:demo", "all of them on the built-in tiny model, ending with an HTTP answer"),

@@ -38,22 +38,22 @@ class EvaluateConfig(Config):
     """Answer a split's questions with a model, score the answers, and compare with another model on the same rows.
 
     Writes OUT/rows.jsonl (each question with every answer and its scores), scores.json, scores.png and report.html.
-    With --gate it ends with an error, after that, if the model is worse than an earlier one.
+    With --gate it ends with an error, after writing them, if the model is worse than an earlier one.
     """
 
     model: str = "out/model"
-    """Model to score: `tiny`, an official folder, or one that merge wrote."""
+    """Model to score: `tiny`, an official folder, or one that merge wrote (an adapter must be merged first)."""
     against: str = ""
-    """Model to compare with; `base` is the one that --model was tuned from."""
+    """Another model to ask the same questions and compare with; `base` is the one that --model was tuned from."""
     gate: str = ""
-    """Earlier evaluation (its folder, or its scores.json) whose model this one must not be worse than, beyond chance.
-    Where its rows.jsonl stands there too, the answers are compared row by row, which tells smaller differences."""
+    """Earlier evaluation on the same questions, its folder or its scores.json, whose model this one must not be worse
+    than, beyond chance. With its rows.jsonl there, answers are compared row by row, which tells smaller differences."""
     gate_metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split)] = GATED
-    """What the gate looks at, with commas between."""
+    """Metrics that the gate looks at, with commas between: any that scores.json has."""
     data: str = "out/data"
     """Folder written by prepare."""
     split: Literal["dev", "train"] = "dev"
-    """Which of its rows; scores on train show what was memorised."""
+    """Which of its rows to ask; scores on train show what was memorised."""
     out: str = "out/evaluation"
     """Folder to write."""
     limit: int = Field(0, ge=0)
@@ -61,7 +61,7 @@ class EvaluateConfig(Config):
     max_tokens: int = Field(256, ge=1)
     """Longest answer in tokens."""
     workers: int = Field(1, ge=1)
-    """Copies of the model that answer at the same time."""
+    """Copies of the model that answer at the same time, each in a process of its own."""
     use_gpu: bool | None = None
     """Give each copy a GPU; unless given, whether the cluster has GPUs now (nodes scaled to zero do not count)."""
     batch_size: int = Field(32, ge=1)

@@ -33,39 +33,46 @@ ONTO: tuple[Onto, ...] = ("16bit", "nf4")
 class MergeConfig(Config):
     """Fold a LoRA adapter into its 16-bit base and write one model folder to evaluate, chat with and serve.
 
-    --base DIR without --adapter only converts that model to --format.
+    Writes weights, config.json, tokenizer, README.md and SHA256SUMS to OUT, and report.html if the model is measured.
+    --base DIR without --adapter only converts that model to --format. A killed run goes on when the same command is
+    given again.
     """
 
     adapter: str | dict[str, float] = "out/adapter"
-    """Folder written by train, or a PEFT adapter of the official modelling code (needs --base). Several adapters of one
-    base are added up with factors: "{DIR: 0.7, DIR: 0.3}"."""
+    """Folder written by train, or a PEFT adapter of the official modelling code, which needs --base. Several adapters
+    of one base are added up with factors: "{DIR: 0.7, DIR: 0.3}"."""
     base: str = ""
-    """Model that the adapter belongs to, if it is not where it was trained."""
+    """Model that the adapter was trained on: `tiny`, an official folder, or one that merge wrote in bf16. Unless given:
+    where the adapter's receipt says."""
     other_base: bool = False
-    """Fold an adapter into weights that it was not trained on."""
+    """Fold the adapter into --base even if it was trained on other weights."""
     prompt_format: PromptFormat | None = None
-    """chat|bare: what an adapter without a receipt was trained with; the predecessor's were with bare."""
+    """How prompts looked in training, for an adapter whose receipt does not say. chat: ChatGLM3's own turns; bare: the
+    predecessor's plain text."""
     format: WeightFormat = "bf16"
-    """Format of the weights. nf4 and int8: bitsandbytes; fp8 and w4a16: compressed-tensors, which vLLM runs fastest."""
+    """Format of the weights, with ChatGLM3-6B's size. bf16: the most exact, 12.5 GB; int8 and nf4: bitsandbytes, 6.8
+    and 4.0 GB; fp8 and w4a16: compressed-tensors, which vLLM runs fastest, 6.8 and 4.0 GB."""
     onto: Literal["16bit", "nf4", "auto"] = "16bit"
-    """What an adapter is added to: the base's own weights, or what NF4 leaves of them, which QLoRA trained it on. auto
-    makes both and keeps the one with the lower loss on the dev rows."""
+    """What the adapter is added to: the base's own weights, or what NF4 leaves of them, which is what an adapter of
+    --base_format nf4 was trained on. auto makes both and keeps the one with the lower loss on the dev rows."""
     data: str = ""
-    """Folder written by prepare, to measure on; unless given, the adapter's own, if it is still there."""
+    """Folder written by prepare, to measure and calibrate on. Unless given: what the adapter was trained on, if it is
+    still there."""
     measure: bool | None = None
-    """Compare the result with base and live adapter on dev rows; unless given, where a GPU or a small model makes it
-    quick."""
+    """Compare the result with base and live adapter on dev rows, for which memory must hold the model. Unless given:
+    if there are rows, and a GPU or a small model makes it quick."""
     calibrate: bool | None = None
-    """Choose the values of w4a16 by GPTQ on training rows, not each the nearest; unless given, as with --measure."""
+    """w4a16 only: choose its values by GPTQ on training rows, which comes nearer than rounding each. Unless given:
+    as with --measure."""
     max_kl: float = Field(0.1, ge=0)
-    """Largest divergence from base and live adapter, in nats a token: past it, nothing is written that answers worse
-    than those do."""
+    """Limit of the KL divergence from base and live adapter, in nats a token. A model past it is not written if its
+    loss is higher too."""
     min_top1: float = Field(0.9, ge=0, le=1)
-    """Least share of answer tokens at which both find the same token the likeliest."""
+    """Limit of the same kind: least share of answer tokens at which both find the same token the likeliest."""
     keep: bool = False
-    """Write the model past these limits too."""
+    """Write the model even past these limits."""
     verify: str = ""
-    """Only check this model folder's files against the checksums that merge wrote."""
+    """A model folder: check its files against the checksums that merge wrote, and do nothing else."""
     out: str = "out/model"
     """Folder to write."""
 
