@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from chatglm3 import load_tokenizer
-from chatglm3.chat import IGNORED, PromptFormat, example_ids, render
-from chatglm3.tokenizer import ChatGlmTokenizer
+from chatglm3.chat import PromptFormat
 from cluster.errors import StageError
 from cluster.progress import track
+from pipelines.examples import encode
 
 MOST_TOKENS = 2048
 """Answer tokens that are compared: their distributions over 65,024 ids take 0.5 GB, and 2,000 tell a KL to a few %."""
@@ -48,7 +47,7 @@ def shuffled_examples(data: Path, split: str, folder: Path | str, prompt_format:
         raise StageError(f"--data {data} has no {split} rows to go by; prepare again, or give another folder")
     random.Random(0).shuffle(lines)
     tokenizer = load_tokenizer(folder)
-    return (_example(json.loads(line), tokenizer, prompt_format) for line in lines)
+    return (Example(*encode(json.loads(line), tokenizer, prompt_format)) for line in lines)
 
 
 def take(examples: Iterable[Example], most: int, size: Callable[[Example], int]) -> list[Example]:
@@ -60,14 +59,6 @@ def take(examples: Iterable[Example], most: int, size: Callable[[Example], int])
         if total >= most:
             break
     return taken
-
-
-def _example(row: dict[str, Any], tokenizer: ChatGlmTokenizer, prompt_format: PromptFormat) -> Example:
-    if prompt_format == "bare" and "instruction" in row:
-        ids, labels = example_ids(tokenizer, row["instruction"], row["output"], sys.maxsize, sys.maxsize)
-        return Example(ids, [label != IGNORED for label in labels])
-    pair = [{"role": "user", "content": row.get("instruction")}, {"role": "assistant", "content": row.get("output")}]
-    return Example(*render(tokenizer, row.get("messages", pair), row.get("tools")))
 
 
 @torch.inference_mode()

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import ray
 
-from chatglm3 import example_ids, load_tokenizer
-from chatglm3.chat import IGNORED, PromptFormat, render
+from chatglm3 import load_tokenizer
+from chatglm3.chat import PromptFormat
 from chatglm3.errors import ModelError
-from chatglm3.tokenizer import ChatGlmTokenizer
 from cluster import storage
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.progress import track
 from pipelines.block_files import write_blocks
 from pipelines.blocks import Block
+from pipelines.examples import encode
 
 WINDOW = 1024  # examples packed together; larger fills blocks better and keeps neighbours further apart
 
@@ -130,22 +130,10 @@ def _encode_batch(batch: dict[str, np.ndarray], settings: dict[str, Any]) -> dic
 def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool], str]:
     """One JSON line as (ids, is_target, what is wrong with it)."""
     try:
-        return *_encode(json.loads(line), _tokenizer(config.tokenizer), config), ""
+        limits = config.max_input_length, config.max_output_length
+        return *encode(json.loads(line), _tokenizer(config.tokenizer), config.prompt_format, *limits), ""
     except (ValueError, TypeError, KeyError, AttributeError, ModelError) as error:
         return [], [], f"no training row ({error!r})"
-
-
-def _encode(row: dict[str, Any], tokenizer: ChatGlmTokenizer, config: PackingConfig) -> tuple[list[int], list[bool]]:
-    if config.prompt_format == "bare":
-        if "messages" in row:
-            raise ValueError("a conversation has turns, which --prompt_format bare has not")
-        limits = config.max_input_length, config.max_output_length
-        ids, labels = example_ids(tokenizer, row["instruction"], row["output"], *limits)
-        return ids, [label != IGNORED for label in labels]
-    if "messages" in row:
-        return render(tokenizer, row["messages"], row.get("tools"))
-    pair = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-    return render(tokenizer, pair)
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
