@@ -1,4 +1,4 @@
-"""What tests merge: adapters with the receipt that train writes, and rows to measure on."""
+"""What tests merge: adapters with a receipt of train, and rows to measure on; how far two models are apart."""
 
 import json
 from pathlib import Path
@@ -46,3 +46,9 @@ def demo_rows(folder: Path) -> str:
 
 def digest(folder: Path | str) -> str:
     return open_model(str(folder), "--base").weights_digest
+
+
+def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the next token over all positions."""
+    a, b = wanted.log_softmax(-1), found.log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
