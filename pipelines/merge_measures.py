@@ -10,7 +10,7 @@ import torch
 from chatglm3.chat import PromptFormat
 from cluster import storage
 from cluster.errors import StageError
-from pipelines.agreement import MOST_TOKENS, shuffled_examples, take
+from pipelines.agreement import MOST_TOKENS, Agreement, shuffled_examples, take
 from pipelines.folding import MergedWeights
 from pipelines.gptq import Calibrated, calibrate
 from pipelines.merge_report import write_merge_report
@@ -91,23 +91,25 @@ def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardsti
     final = yardstick.measure(f"merged, {config.format}", load_on_device(folder))
     limits = {"kl": config.max_kl, "top1": config.min_top1}
     write_merge_report(folder / "report.html", yardstick.results, yardstick.tokens, limits, config.model_dump())
-    far = [
-        f"{name} {value:.4f}, the limit is {limit:g}"
-        for name, value, limit, is_past in (
-            ("KL", final.kl, config.max_kl, final.kl > config.max_kl),
-            ("top-1 agreement", final.top1, config.min_top1, final.top1 < config.min_top1),
-        )
-        if is_past
-    ]
+    _hold_to_limits(final, config, yardstick)
+    print(f"merge: beside {yardstick.reference_name}: KL {final.kl:.4f}, same next token {final.top1:.1%}")
+    return {"kl": round(final.kl, 6), "top1": round(final.top1, 4), "loss": round(final.loss, 4)}
+
+
+def _hold_to_limits(final: Agreement, config: "MergeConfig", yardstick: Yardstick) -> None:
+    far = []
+    if final.kl > config.max_kl:
+        far.append(f"KL {final.kl:.4f}, the limit is {config.max_kl:g}")
+    if final.top1 < config.min_top1:
+        far.append(f"top-1 agreement {final.top1:.4f}, the limit is {config.min_top1:g}")
+    if not far:
+        return
     loss = yardstick.results[yardstick.reference_name].loss
     told = f"{'; '.join(far)}; loss {final.loss:.4f} beside {loss:.4f}"
     # The 16-bit base can be far from the NF4 one that an adapter was trained on, and better.
-    if far and final.loss > loss + NO_WORSE and not config.keep:
+    if final.loss > loss + NO_WORSE and not config.keep:
         raise StageError(
             f"the {config.format} model is too far from {yardstick.reference_name}: {told}; try another --format or "
             f"--onto, or keep it knowingly with --keep true"
         )
-    if far:
-        print(f"merge: far from {yardstick.reference_name}, but kept: {told}")
-    print(f"merge: beside {yardstick.reference_name}: KL {final.kl:.4f}, same next token {final.top1:.1%}")
-    return {"kl": round(final.kl, 6), "top1": round(final.top1, 4), "loss": round(final.loss, 4)}
+    print(f"merge: far from {yardstick.reference_name}, but kept: {told}")

@@ -1,6 +1,7 @@
 """Model weights written file by file, so that memory holds one file's tensors and a killed run goes on behind it."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,9 +15,7 @@ FILE_BYTES = 1 << 30  # of the tensors in 16 bits
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def write_weights(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], dict[str, Tensor]]
-) -> None:
+def write_weights(folder: Path, shapes: Shapes, make: Callable[[str], dict[str, Tensor]]) -> None:
     """Write `model*.safetensors`, and their index if there are several, of the tensors that `make` gives for each name.
 
     Files that are there already are kept: what is in a file depends on `shapes` alone, and it appears whole.
@@ -41,9 +40,7 @@ def _groups(shapes: Shapes) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     room = FILE_BYTES
     for name, shape in shapes.items():
-        size = 2
-        for length in shape:
-            size *= length
+        size = 2 * math.prod(shape)
         if size > room and groups[-1]:
             groups.append([])
             room = FILE_BYTES
