@@ -33,11 +33,6 @@ class Difference:
         """Whether the whole interval lies below 0, and the test agrees: of few rows the interval is too narrow."""
         return self.high < 0 and (self.p is None or self.p < SIGNIFICANT)
 
-    @property
-    def is_better(self) -> bool:
-        """The reverse of `is_worse`."""
-        return self.low > 0 and (self.p is None or self.p < SIGNIFICANT)
-
 
 def compare(new: Sequence[Points], old: Sequence[Points], seed: int = 0) -> dict[str, Difference]:
     """Each metric that both have, on rows in the same order: new[i] and old[i] score answers to one question.

@@ -17,7 +17,6 @@ def test_the_same_answers_differ_by_nothing():
     found = compare(answers(60, 40), answers(60, 40))["exact_match"]
     assert (found.new, found.old, found.difference, found.low, found.high, found.p) == (0.6, 0.6, 0.0, 0.0, 0.0, 1.0)
     assert not found.is_worse
-    assert not found.is_better
 
 
 def test_the_interval_of_a_difference_is_the_paired_one():
@@ -28,7 +27,7 @@ def test_the_interval_of_a_difference_is_the_paired_one():
     assert found.high == pytest.approx(-0.2 + 1.96 * 0.04, abs=0.015)
     assert (found.p, found.n) == (1 / 5001, 100)  # 2 of 2^20 tosses do it: none of 5,000 here
     assert found.is_worse
-    assert compare(answers(80, 20), answers(60, 40))["exact_match"].is_better
+    assert compare(answers(80, 20), answers(60, 40))["exact_match"].low > 0
 
 
 @pytest.mark.parametrize(("changed", "p", "is_worse"), [(1, 1.0, False), (5, 2 / 2**5, False), (7, 2 / 2**7, True)])
@@ -51,7 +50,7 @@ def test_metrics_that_sum_up_otherwise_are_compared_as_wholes():
     assert found["citation_precision"].is_worse
     # Three words of four, and one answer of none: precision 1, and the brevity penalty of 117 words for 160.
     assert (found["bleu_4"].new, found["bleu_4"].old) == (1.0, pytest.approx(math.exp(1 - 160 / 117)))
-    assert found["bleu_4"].is_better
+    assert found["bleu_4"].low > 0
     assert "refusal_precision" not in found
 
 

@@ -1,12 +1,13 @@
 """A merged model beside base and live adapter: what is measured, which form is kept, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from chatglm3 import load_model, load_tokenizer
+from chatglm3 import ModelError, load_model, load_tokenizer
 from chatglm3.adapters import load_adapter
 from chatglm3.chat import render
 from chatglm3.tiny.exam import demo_lessons
@@ -73,6 +74,16 @@ def test_a_bad_merge_is_refused_and_says_by_how_much(
     assert not (tmp_path / "bad").exists()
     wrong = storage.open_folder(merge(bad.model_copy(update={"keep": True}))).receipt.counts
     assert right["kl"] < 0.05 < 0.1 < wrong["kl"]
+
+
+def test_a_model_of_the_bare_format_is_not_measured_on_conversations(tmp_path: Path):
+    (tmp_path / "dev").mkdir()
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+    (tmp_path / "dev/part-00000.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    config = MergeConfig(base="tiny", prompt_format="bare", data=str(tmp_path), measure=True, out=str(tmp_path / "out"))
+    with pytest.raises(ModelError, match="a conversation has turns, which --prompt_format bare has not"):
+        merge(config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
