@@ -67,12 +67,11 @@ def group_scales(weight: Tensor) -> Tensor:
 
 
 def packed_int4(name: str, values: Tensor, scale: Tensor) -> Tensors:
-    """Integers from -8 to 7 [rows, columns], eight to an int32, the first in the lowest bits."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int64)
-    packed = ((values.to(torch.int64) + 8).unflatten(1, (-1, 8)) << shifts).sum(2)
-    as_int32 = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    """int32 values from -8 to 7 [rows, columns], eight to an int32, the first in the lowest bits."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=values.device)
+    packed = ((values + 8).unflatten(1, (-1, 8)) << shifts).sum(2, dtype=torch.int32)  # no two share a bit
     shape = torch.tensor(values.shape, dtype=torch.int64)
-    return {f"{name}_packed": as_int32, f"{name}_scale": scale, f"{name}_shape": shape}
+    return {f"{name}_packed": packed, f"{name}_scale": scale, f"{name}_shape": shape}
 
 
 QUANTISE: dict[str, Callable[[str, Tensor], Tensors]] = {"nf4": nf4, "int8": int8, "fp8": fp8, "w4a16": w4a16}
