@@ -30,7 +30,7 @@ from pipelines.score_report import Evaluation, Result, draw_scores, print_scores
 WITHOUT_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
-def _split(value: Any) -> Any:
+def _split_at_commas(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -48,7 +48,7 @@ class EvaluateConfig(Config):
     gate: str = ""
     """Earlier evaluation on the same questions, its folder or its scores.json, whose model this one must not be worse
     than, beyond chance. With its rows.jsonl there, answers are compared row by row, which tells smaller differences."""
-    gate_metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split)] = GATED
+    gate_metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split_at_commas)] = GATED
     """Metrics that the gate looks at, with commas between: any that scores.json has."""
     data: str = "out/data"
     """Folder written by prepare."""
