@@ -44,3 +44,16 @@ def test_gptq_is_off_by_less_than_the_nearest_values_on_inputs_like_those_it_saw
     right = unseen @ weight.T
     off = [((unseen @ guess.T - right) ** 2).mean() / (right**2).mean() for guess in (chosen, nearest)]
     assert off[0] < 0.6 * off[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("weight_format", ["fp8", "w4a16"])
+def test_on_a_gpu_the_values_are_the_cpus_but_for_ties(weight_format: str):
+    """Where merge quantises if there is one."""
+    weight = torch.randn(64, 256).bfloat16()
+    here, there = (QUANTISE[weight_format]("w_proj.weight", weight.to(device)) for device in ("cpu", "cuda"))
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        same = tensor.view(torch.uint8) == there[name].cpu().view(torch.uint8)
+        assert same.float().mean() > 0.99, name
