@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -41,6 +43,9 @@ class Sharded:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": stage, "overlap_comm": False},
         }
+        if stage == 3:
+            for layer in (module for module in model.modules() if isinstance(module, Linear4bit)):
+                keep_no_weight(layer)
         loss = _AnswerLoss(model)
         # Its forward pass takes the output layer's weight itself; others are gathered as their layers are called.
         deepspeed.zero.register_external_parameter(loss, model.get_base_model().lm_head.weight)
@@ -105,6 +110,25 @@ class Sharded:
         part = -(-len(numbers) // world)
         mine = F.pad(numbers, (0, part * world - len(numbers)))[part * dist.get_rank() :][:part]
         self.api.utils.safe_set_local_optimizer_state(parameter, mine, name)
+
+
+def keep_no_weight(layer: Linear4bit) -> None:
+    """Have a frozen 4-bit layer take its weight anew in the backward pass, in which DeepSpeed has gathered it again."""
+    layer.forward = lambda x: _FourBitProduct.apply(x, layer)
+
+
+class _FourBitProduct(torch.autograd.Function):
+    """The layer's own product. bitsandbytes' keeps a view of the weight, and so the whole base until the step's end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+        ctx.layer = layer
+        return Linear4bit.forward(layer, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        weight = dequantize_4bit(ctx.layer.weight, ctx.layer.weight.quant_state)
+        return gradients[0] @ weight.to(gradients[0].dtype), None
 
 
 class _AnswerLoss(nn.Module):
