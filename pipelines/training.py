@@ -34,6 +34,9 @@ from pipelines.trackers import TrackerName, require, tracked
 from pipelines.training_report import write_training_report
 from pipelines.worker import TrainingPlan, train_worker
 
+SECONDS_BETWEEN_RESIZES = 20.0
+"""How long a new node may stand idle beside a run of --min_workers; each change of size restarts the workers."""
+
 
 class LoraSettings(Config):
     """Low-rank adapters (arXiv:2106.09685)."""
@@ -260,6 +263,7 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
             use_gpu=bool(gpus),
             resources_per_worker=_share(gpus),
+            elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
         ),
         run_config=RunConfig(
             name=folder.name,
