@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.fault_places import Line, end_tree, object_store, small_disk, two_nodes
+from benchmarks.fault_places import Line, end_tree, object_store, several_nodes, small_disk
 from chatglm3.tiny.knowledge import write_shards
 
 STEPS, STRIKE_AT = 16, 7
@@ -218,7 +218,7 @@ def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
         if fault:
             run = Run(data, out)
         elif name == "raylet":
-            env, node = stack.enter_context(two_nodes())
+            env, [_, node] = stack.enter_context(several_nodes())
             run = Run(data, out, {"min_workers": 1}, env)
             fault = _raylet_killer(node)
         elif name == "full-disk":

@@ -27,23 +27,24 @@ def ray_environment() -> dict[str, str]:
 
 
 @contextmanager
-def two_nodes() -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
-    """A Ray cluster of two nodes on this machine: the environment to join it, and the second node's process."""
+def several_nodes(
+    head_cpus: int = 1, workers: int = 1
+) -> Iterator[tuple[dict[str, str], list[subprocess.Popen[bytes]]]]:
+    """A Ray cluster on this machine, workers with a CPU each: the environment to join it, and its nodes, head first."""
     env = ray_environment()
     port, folder = free_port(), tempfile.mkdtemp(prefix="rc")
     address = f"127.0.0.1:{port}"
-    common = "--block --num-cpus=1 --object-store-memory=100000000 --node-ip-address=127.0.0.1"
-    nodes = []
+    common = "--block --object-store-memory=100000000 --node-ip-address=127.0.0.1"
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
-        head = (
-            f"--head --port={port} --temp-dir={folder} --include-dashboard=false --ray-client-server-port={free_port()}"
-        )
-        for options in (head, f"--address={address}"):
+        head = f"--head --num-cpus={head_cpus} --port={port} --temp-dir={folder} --include-dashboard=false"
+        head += f" --ray-client-server-port={free_port()}"
+        for options in (head, *[f"--address={address} --num-cpus=1"] * workers):
             command = [str(BIN / "ray"), "start", *options.split(), *common.split()]
-            options_ = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            nodes.append(subprocess.Popen(command, env=env, **options_))
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            nodes.append(subprocess.Popen(command, env=env, **quiet))
             time.sleep(8)
-        yield {**env, "RAY_ADDRESS": address}, nodes[1]
+        yield {**env, "RAY_ADDRESS": address}, nodes
     finally:
         for node in nodes:
             end_tree(node.pid)

@@ -1,9 +1,10 @@
 """A thousand streams held at once: the memory of those that serve them, and how evenly the tokens come.
 
     python -m benchmarks.many_streams                         # ten minutes, Ray Serve's own proxy
-    python -m benchmarks.many_streams --haproxy --minutes 3
+    python -m benchmarks.many_streams --haproxy               # the same behind HAProxy
+    python -m benchmarks.many_streams --stream_minutes 1      # clients ask again when a stream has ended
 
-Each client holds one stream for the whole time, of an engine without a model that says a token every half second
+Each client holds one stream at a time, of an engine without a model that says a token every half second
 (benchmarks/stand_in.py). Memory is resident memory; the slope is a line's through the samples after the first minute.
 """
 
@@ -75,14 +76,20 @@ async def watch(running: Service, seen: Seen) -> None:
         print(f"{minutes:5.2f} min: {seen.open} streams, {len(seen.gaps)} gaps, {sizes}", flush=True)
 
 
-async def hold_all(running: Service, streams: int, minutes: float) -> Seen:
+async def client(session: aiohttp.ClientSession, url: str, tokens: int, seen: Seen, times: int) -> None:
+    """One stream after the other."""
+    for _ in range(times):
+        await hold(session, url, tokens, seen)
+
+
+async def hold_all(running: Service, streams: int, minutes: float, stream_minutes: float) -> Seen:
     """Open so many streams one after the other, and hold them until they end by themselves."""
-    seen, tokens = Seen(), int(minutes * 60 * TOKENS_PER_S)
+    seen, tokens = Seen(), int(stream_minutes * 60 * TOKENS_PER_S)
     watching = asyncio.create_task(watch(running, seen))
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session, asyncio.TaskGroup() as clients:
         for _ in range(streams):
-            clients.create_task(hold(session, running.url, tokens, seen))
+            clients.create_task(client(session, running.url, tokens, seen, round(minutes / stream_minutes)))
             await asyncio.sleep(RAMP_S / streams)
     watching.cancel()
     return seen
@@ -105,12 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--stream_minutes", type=float, help="length of a stream; the whole time unless given")
     parser.add_argument("--haproxy", action="store_true", help="HAProxy instead of Ray Serve's own proxy")
     options = parser.parse_args()
     with ExitStack() as stack:
         env = stack.enter_context(haproxy_environment()) if options.haproxy else ray_environment()
         running = stack.enter_context(service(config(TOKENS_PER_S), env))
-        seen = asyncio.run(hold_all(running, options.streams, options.minutes))
+        length = options.stream_minutes or options.minutes
+        seen = asyncio.run(hold_all(running, options.streams, options.minutes, length))
     print(report(seen, options.minutes))
 
 

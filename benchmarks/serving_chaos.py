@@ -1,160 +1,268 @@
 """What users of the endpoint see of faults: a Markdown table of requests lost, errors, and seconds to recover.
 
-    python -m benchmarks.serving_chaos                 # all faults, two replicas on CPU, five minutes
+    python -m benchmarks.serving_chaos                 # all faults, two replicas on CPU, fifteen minutes
     python -m benchmarks.serving_chaos replica proxy   # some of them
 
 Eight users ask the tiny model without a pause, each reading a stream; after ten seconds the fault strikes. A request
-is lost when it ends in an error. Recovered is when a process has taken the place of the killed one and answers.
+is lost when it ends in an error. Recovered is when a process has taken the place of the killed one and answers, and for
+faults that kill nothing when they are over. Answers are those that ended before the strike, and from it to recovery.
 """
 
 import argparse
 import asyncio
 import signal
-import subprocess
+import socket
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
+from statistics import median
+from typing import Any
 
 import httpx
-import psutil
-import yaml
+import orjson
 
-from benchmarks.fault_places import BIN, end_tree, free_port, ray_environment
+from benchmarks.fault_places import end_tree, ray_environment, several_nodes
+from benchmarks.services import (
+    CONTROLLER,
+    HAPROXY_MANAGER,
+    HAPROXY_PROCESS,
+    PROXY,
+    REPLICA,
+    Service,
+    example_config,
+    haproxy_environment,
+    megabytes,
+    service,
+)
 from chatglm3.endpoint import Endpoint
+from chatglm3.tiny import FOLDER
+from chatglm3.tokenizer import load_tokenizer
 from serve_app.load import Prompt, at_once
 
-USERS, STRIKE_S, LOAD_S, READY_S = 8, 10, 40, 120
-CONFIG = Path("serve_app/serve.yaml")
+USERS, STRIKE_S, LOAD_S, READY_S, BOTHER_S = 8, 10, 40, 120, 20
 PROMPT = Prompt([{"role": "user", "content": "介绍一下你自己。"}], max_tokens=64)
+CHECK_OFTEN = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 
-End = tuple[float, str]
-"""When a request ended, and its error if it had one."""
-
-
-@dataclass
-class Service:
-    """A running application: the process that was started, and where it answers."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-
-    def processes(self, name: str) -> list[psutil.Process]:
-        """Ray processes of that name, newest last."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        found = [process for process in below if _title(process).startswith(f"ray::{name}")]
-        return sorted(found, key=lambda process: process.create_time())
-
-
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
+Strike = Callable[[Service], float]
+"""Does the damage; seconds until it is mended."""
 
 
 @contextmanager
-def service(folder: Path) -> Iterator[Service]:
-    """Two replicas of the tiny model, by the config file of the tree."""
-    config, port = yaml.safe_load(CONFIG.read_text()), free_port()
-    config["http_options"]["port"] = port
-    [application] = config["applications"]
-    [deployment] = application["deployments"]
-    del deployment["autoscaling_config"]
-    deployment |= {"num_replicas": 2, "health_check_period_s": 2}
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    with (folder / "log").open("wb") as log:
-        command = [str(BIN / "serve"), "run", str(folder / "serve.yaml")]
-        running = Service(
-            subprocess.Popen(command, stdout=log, stderr=log, env=ray_environment()), f"http://127.0.0.1:{port}"
-        )
-    try:
-        deadline = time.monotonic() + READY_S
-        while not answers(running.url) or len(running.processes("ServeReplica:chat:ChatServer")) < 2:
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            time.sleep(0.5)
+def two_replicas(**settings: str) -> Iterator[Service]:
+    """On one node, behind Ray Serve's proxy."""
+    with service(example_config(2), ray_environment() | settings, 2) as running:
         yield running
-    finally:
-        end_tree(running.process.pid)
-        running.process.wait()
 
 
-def answers(url: str) -> bool:
-    """Whether the endpoint is healthy."""
-    with suppress(httpx.HTTPError):
-        return httpx.get(f"{url}/healthz", timeout=2, trust_env=False).status_code == 200
-    return False
+@contextmanager
+def two_replicas_behind_haproxy() -> Iterator[Service]:
+    """On one node."""
+    with haproxy_environment() as env, service(example_config(2), env, 2) as running:
+        yield running
 
 
-def kill(name: str, expected: int) -> Callable[[Service], float]:
-    """A fault: SIGKILL to the oldest process of that name. Seconds until as many answer as before."""
+@contextmanager
+def two_replicas_on_three_nodes() -> Iterator[Service]:
+    """The head, which has the proxy and no replica, a node for each replica, and one to spare."""
+    config = example_config(2) | {"proxy_location": "HeadOnly"}
+    config["applications"][0]["deployments"][0] |= {"max_replicas_per_node": 1}
+    with (
+        several_nodes(head_cpus=0, workers=3) as (env, nodes),
+        service(config, env, 2, [node.pid for node in nodes]) as running,
+    ):
+        yield running
+
+
+def kill(name: str, expected: int) -> Strike:
+    """SIGKILL to the oldest process of that name. Seconds until as many answer as before."""
 
     def strike(running: Service) -> float:
         victim = running.processes(name)[0]
-        began = time.monotonic()
         victim.kill()
-        while True:
-            alive = [process for process in running.processes(name) if process.pid != victim.pid]
-            if len(alive) >= expected and answers(running.url):
-                return time.monotonic() - began
-            assert time.monotonic() < began + READY_S, f"no new {name}"
-            time.sleep(0.1)
+        return until_there_are(running, name, expected, victim.pid)
 
     return strike
 
 
+def until_there_are(running: Service, name: str, expected: int, gone: int) -> float:
+    """Seconds until so many processes of that name are there without the one that is gone, and the endpoint answers."""
+    began = time.monotonic()
+    while True:
+        alive = [process for process in running.processes(name) if process.pid != gone]
+        if len(alive) >= expected and running.answers():
+            return time.monotonic() - began
+        assert time.monotonic() < began + READY_S, f"no new {name}"
+        time.sleep(0.1)
+
+
+def kill_a_node(running: Service) -> float:
+    """SIGKILL to everything on a node that has a replica."""
+    victim = running.processes(REPLICA)[0]
+    [node] = [parent.pid for parent in victim.parents() if parent.pid in running.roots]
+    end_tree(node)
+    running.roots = [root for root in running.roots if root != node]
+    return until_there_are(running, REPLICA, 2, victim.pid)
+
+
+def endless(**fields: Any) -> dict[str, Any]:
+    """A request for a stream that only max_tokens ends."""
+    stop = {str(token): -100 for token in load_tokenizer(FOLDER).stop_ids}
+    return {"model": "tiny", "messages": PROMPT.messages, "stream": True, "logit_bias": stop} | fields
+
+
 def leave(running: Service) -> float:
-    """A fault: fifty users who go away after the first piece of their answer."""
-    body = {"model": "tiny", "messages": PROMPT.messages, "max_tokens": 1000, "stream": True}
+    """Fifty users who go away after the first piece of their answer."""
     began = time.monotonic()
     for _ in range(50):
-        with httpx.stream(
-            "POST", f"{running.url}/v1/chat/completions", json=body, timeout=30, trust_env=False
-        ) as stream:
+        url = f"{running.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=endless(max_tokens=1000), timeout=30, trust_env=False) as stream:
             next(stream.iter_bytes(), b"")
     return time.monotonic() - began
 
 
-FAULTS: dict[str, tuple[str, Callable[[Service], float]]] = {
-    "replica": ("`kill -9` of 1 of 2 replicas", kill("ServeReplica:chat:ChatServer", 2)),
-    "proxy": ("`kill -9` of the HTTP proxy", kill("ProxyActor", 1)),
-    "controller": ("`kill -9` of Serve's controller", kill("ServeController", 1)),
-    "clients": ("50 clients leave in the middle of their streams", leave),
+def large_streams(running: Service) -> list[socket.socket]:
+    """Sixteen streams of 3 MB that were asked for, and of which nothing was read."""
+    where = httpx.URL(running.url)
+    body = orjson.dumps(endless(max_tokens=1000, logprobs=True, top_logprobs=20))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.host}\r\nContent-Type: application/json\r\n"
+    streams = []
+    for _ in range(16):
+        stream = socket.socket()
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what the kernel holds is soon full
+        stream.connect((where.host, where.port))
+        stream.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        streams.append(stream)
+    return streams
+
+
+def read_slowly(running: Service) -> float:
+    """Sixteen users who read a byte a second."""
+    began, streams = time.monotonic(), large_streams(running)
+    while time.monotonic() < began + BOTHER_S:
+        for stream in streams:
+            assert stream.recv(1), "the stream ended, and was to be held up"
+        time.sleep(1)
+    for stream in streams:
+        stream.close()
+    return time.monotonic() - began
+
+
+def read_at_once(running: Service) -> float:
+    """The same sixteen, as they should be: what slow ones cost beyond these is for being slow."""
+    began = time.monotonic()
+
+    def read(stream: socket.socket) -> None:
+        while stream.recv(2**16):
+            pass
+        stream.close()
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(read, large_streams(running)))
+    return time.monotonic() - began
+
+
+def poison(running: Service) -> float:
+    """Bodies that are huge, no JSON, or deep, one after the other; each must be refused."""
+    began, number = time.monotonic(), 0
+    bodies = [b" " * 2**26, b'{"model": "tiny", "messages": [', b"[" * 500_000, b'{"a":' * 100_000, b"\xff" * 1000]
+    with httpx.Client(timeout=30, trust_env=False) as client:
+        while time.monotonic() < began + BOTHER_S:
+            body = bodies[number % len(bodies)]
+            number += 1
+            with suppress(httpx.WriteError, httpx.ReadError):  # refused before it was all sent
+                answer = client.post(
+                    f"{running.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+                )
+                assert 400 <= answer.status_code < 500, answer.text
+    return time.monotonic() - began
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, and where."""
+
+    what: str
+    strike: Strike
+    place: Callable[[], AbstractContextManager[Service]] = two_replicas
+
+
+FAULTS = {
+    "replica": Fault("`kill -9` of 1 of 2 replicas", kill(REPLICA, 2)),
+    "proxy": Fault("`kill -9` of the only HTTP proxy", kill(PROXY, 1)),
+    "proxy-checked": Fault(
+        "the same, proxies checked each second", kill(PROXY, 1), lambda: two_replicas(**CHECK_OFTEN)
+    ),
+    "haproxy": Fault("`kill -9` of the only HAProxy", kill(HAPROXY_PROCESS, 1), two_replicas_behind_haproxy),
+    "haproxy-actor": Fault("`kill -9` of its actor", kill(HAPROXY_MANAGER, 1), two_replicas_behind_haproxy),
+    "haproxy-replica": Fault("`kill -9` of 1 of 2 replicas", kill(REPLICA, 2), two_replicas_behind_haproxy),
+    "controller": Fault("`kill -9` of Serve's controller", kill(CONTROLLER, 1)),
+    "node": Fault("`kill -9` of all on a node with 1 of 2 replicas", kill_a_node, two_replicas_on_three_nodes),
+    "clients": Fault("50 more clients leave in the middle of their streams", leave),
+    "slow-readers": Fault("16 more clients read a byte a second of streams of 3 MB", read_slowly),
+    "quick-readers": Fault("no fault: the same 16 read all at once", read_at_once),
+    "poison": Fault("bodies of 64 MB, of broken and of 500,000 levels deep JSON, without a pause", poison),
 }
 
 
-async def meet(running: Service, strike: Callable[[Service], float]) -> tuple[list[End], float]:
-    """How the users' requests ended over LOAD_S seconds, and how long the recovery took."""
-    stop = time.monotonic() + LOAD_S
-    ends: list[End] = []
+@dataclass
+class Seen:
+    """What the users saw, and what it took."""
+
+    ends: list[tuple[float, float, str]] = field(default_factory=list)
+    """When a request ended, how long it took, and its error if it had one."""
+    memory: list[float] = field(default_factory=list)
+    """MB of the largest replica, sampled."""
+    struck: float = 0.0
+    recovered_s: float = 0.0
+
+    def median_ms(self, since: float, until: float) -> str:
+        """Of the answers that ended between two moments."""
+        times = [took for moment, took, error in self.ends if not error and since <= moment <= until]
+        return f"{1000 * median(times):.0f}" if times else "none"
+
+
+async def meet(running: Service, strike: Strike) -> Seen:
+    """What happens over LOAD_S seconds and until the recovery."""
+    seen, stop = Seen(), time.monotonic() + LOAD_S
 
     async def user(endpoint: Endpoint) -> None:
         while time.monotonic() < stop:
+            began = time.monotonic()
             [outcome] = await at_once(endpoint, "tiny", [PROMPT], 1)
-            ends.append((time.monotonic(), outcome.error))
+            seen.ends.append((time.monotonic(), time.monotonic() - began, outcome.error))
             await asyncio.sleep(1.0 if outcome.error else 0.0)  # as a client that tries again
 
-    async def later() -> float:
+    async def sample() -> None:
+        while time.monotonic() < stop:
+            seen.memory.append(max(megabytes(running.processes(REPLICA)), default=0.0))
+            await asyncio.sleep(0.5)
+
+    async def later() -> None:
         await asyncio.sleep(STRIKE_S)
-        return await asyncio.to_thread(strike, running)
+        seen.struck = time.monotonic()
+        seen.recovered_s = await asyncio.to_thread(strike, running)
 
     async with Endpoint(running.url, timeout_s=60) as endpoint:
-        *_, seconds = await asyncio.gather(*(user(endpoint) for _ in range(USERS)), later())
-    assert seconds is not None
-    return ends, seconds
+        await asyncio.gather(*(user(endpoint) for _ in range(USERS)), sample(), later())
+    return seen
 
 
-def row(name: str, what: str, ends: list[End], seconds: float) -> str:
+def row(name: str, what: str, seen: Seen) -> str:
     """A line of the table."""
-    errors = Counter(error for _, error in ends if error)
-    answered = [moment for moment, error in ends if not error]
+    errors = Counter(error for *_, error in seen.ends if error)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common()) or "none"
+    answered = [moment for moment, _, error in seen.ends if not error]
     pause = max(later - earlier for earlier, later in pairwise(answered))
-    seen = ", ".join(f"{count} {kind}" for kind, count in errors.most_common()) or "none"
-    return f"| {name} | {what} | {len(ends)} | {errors.total()} | {seen} | {pause:.1f} | {seconds:.1f} |"
+    before, during = seen.median_ms(0, seen.struck), seen.median_ms(seen.struck, seen.struck + seen.recovered_s)
+    at_strike = seen.memory[2 * (STRIKE_S - 1)]
+    cells = [name, what, f"{len(seen.ends):,}", str(errors.total()), kinds, f"{pause:.1f}", f"{seen.recovered_s:.1f}"]
+    cells += [f"{before} → {during}", f"{at_strike:.0f} → {max(seen.memory):.0f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -163,12 +271,12 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", default=[*FAULTS], metavar="FAULT", help=", ".join(FAULTS))
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    print("| fault | what was done | requests | lost | errors seen | longest pause, s | recovered after, s |")
-    print("|---|---|--:|--:|---|--:|--:|")
+    print("| fault | what was done | requests | lost | errors seen | longest pause, s | recovered after, s ", end="")
+    print("| median answer, ms | largest replica, MB |\n|---|---|--:|--:|---|--:|--:|--:|--:|")
     for name in options.faults:
-        what, strike = FAULTS[name]
-        with tempfile.TemporaryDirectory() as folder, service(Path(folder)) as running:
-            print(row(name, what, *asyncio.run(meet(running, strike))), flush=True)
+        fault = FAULTS[name]
+        with fault.place() as running:
+            print(row(name, fault.what, asyncio.run(meet(running, fault.strike))), flush=True)
 
 
 if __name__ == "__main__":
