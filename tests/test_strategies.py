@@ -1,14 +1,25 @@
 """DeepSpeed's ZeRO gives the curve of plain replication, saves the same adapter, and goes on after a kill."""
 
+import json
+import os
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from chatglm3 import load_model
+from chatglm3.quantization import NF4
+from cluster import storage
 from cluster.errors import StageError
-from pipelines.training import TrainConfig, train
+from pipelines.model_folders import open_model
+from pipelines.training import TrainConfig, make_plan, train
+from pipelines.worker import Training, TrainingPlan
+from pipelines.zero import keep_no_weight
 from tests.training_runs import SETTINGS, assert_same_curve, kill_a_worker_after_step, scores
 
 pytestmark = pytest.mark.slow
@@ -32,6 +43,57 @@ def test_zero_gives_the_curve_and_the_adapter_of_ddp_although_a_worker_is_killed
     assert_same_curve(out, undisturbed)
     assert scores(out) == scores(undisturbed)
     torch.testing.assert_close(weights(out), weights(undisturbed), rtol=1e-3, atol=1e-3)
+
+
+def sharded_steps(rank: int, plan: TrainingPlan, folder: str) -> None:
+    """One of two processes of ZeRO-3, without Ray."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    training = Training(plan, rank, 2, torch.device("cpu"))
+    rows = steps_of_nf4(training)
+    weights = [m.weight for m in training.model.modules() if isinstance(m, Linear4bit)]
+    stored = {(str(weight.dtype), weight.ds_numel / weight.ds_tensor.numel()) for weight in weights}
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps([rows, len(weights), *stored]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def steps_of_nf4(training: Training) -> list[float]:
+    """Losses of three steps and of the dev rows; the answers' F1 in between."""
+    losses = [training.advance()["loss"] for _ in range(2)]
+    scores = training.answer_questions()["dev_f1"], training.evaluate()["dev_loss"]
+    return [*losses, *scores, training.advance()["loss"]]
+
+
+def test_zero3_shares_out_an_nf4_base_and_gives_the_curve_of_ddp(rows: str, tmp_path: Path, ray_cluster: None) -> None:
+    settings = SETTINGS | {"base_format": "nf4", "score_rows": 4, "score_tokens": 8}
+    config = TrainConfig(data=rows, **settings)
+    data = storage.open_folder(rows, "prepare")
+    plan = make_plan(config, open_model("tiny", "--base"), data, tmp_path / "run-x", 0)
+    expected = steps_of_nf4(Training(plan, 0, 1, torch.device("cpu")))
+    zero3 = plan.model_copy(update={"strategy": "zero3"})
+    torch.multiprocessing.spawn(sharded_steps, (zero3, str(tmp_path)), nprocs=2)
+    found, layers, stored = json.loads((tmp_path / "found.json").read_text())
+    # DeepSpeed's own F.linear rounds to 16 bits before it adds the bias.
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert layers == 6 * 6
+    assert stored == ["torch.uint8", 2.0]  # 4-bit numbers in bytes, half of them here
+
+
+def test_a_four_bit_layer_lets_its_gathered_weight_go_between_the_passes(tiny: Path) -> None:
+    model = load_model(tiny, dtype=torch.bfloat16, quantization_config=NF4, device_map={"": "cpu"})
+    layer = model.train().model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    keep_no_weight(layer)
+    y = layer(x)
+    gathered, weight = layer.weight.data.clone(), StorageWeakRef(layer.weight.data.untyped_storage())
+    layer.weight.data = torch.empty(0, dtype=torch.uint8)  # as DeepSpeed does behind a layer
+    assert weight.expired()
+    layer.weight.data = gathered  # and before its backward pass
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, expected)
 
 
 def test_dora_is_refused_where_weights_are_in_pieces(rows: str, tmp_path: Path) -> None:
