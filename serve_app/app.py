@@ -70,7 +70,7 @@ def build(args: AppArgs) -> Application:
     ledger = LedgerServer.bind() if args.api_keys else None  # type: ignore[attr-defined]  # Serve's decorator adds it
     # Without num_gpus all replicas would take their node's first GPU. A config file's own ray_actor_options take the
     # place of these.
-    gpus = {"num_gpus": 1 if torch.cuda.is_available() else 0}
+    gpus = {"num_gpus": args.tensor_parallel if torch.cuda.is_available() else 0}
     application: Application
     if args.separate_engines:
         engines = EngineServer.options(ray_actor_options=gpus).bind(located)  # type: ignore[attr-defined]

@@ -27,6 +27,8 @@ class AppArgs(FrontArgs):
     """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
     speculate: bool = False
     """Guess the next tokens by what followed the last ones before, which quotes of documents gain by; vLLM only."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs of a replica, which share each layer; vLLM only."""
     separate_engines: bool = False
     """Put engines into replicas of their own, the deployment EngineServer, behind those that speak HTTP: an answer then
     goes on where another engine is left off when its replica dies, for the price of a second hop."""

@@ -27,6 +27,7 @@ def engine_of_this_replica(args: AppArgs) -> Engine:
         dtype=args.dtype,
         max_batch=args.max_batch,
         speculate=args.speculate,
+        tensor_parallel=args.tensor_parallel,
         adapters=AdapterFolders(args.adapters, args.adapter_dir),
         on_fatal=lambda: os._exit(1),
     )

@@ -1,5 +1,6 @@
 """The engines of other replicas, asked as one that outlives each of them."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -98,5 +99,6 @@ class RemoteEngine:
             ) from None
         except RayError as error:
             raise EngineDied(f"its replica is gone: {type(error).__name__}") from error
-        finally:
+        except (GeneratorExit, asyncio.CancelledError):  # the client went away
             answer.cancel()  # type: ignore[no-untyped-call]
+            raise

@@ -215,14 +215,15 @@ def load_engine(
     max_batch: int = 32,
     adapters: AdapterFolders | None = None,
     speculate: bool = False,
+    tensor_parallel: int = 1,
     on_fatal: Callable[[], object] | None = None,
 ) -> Engine:
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
 
     `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. At most `max_batch` requests run at a time, others wait.
-    `adapters` are those that requests can name. `speculate` guesses tokens by what followed the last ones before
-    (vLLM only). `on_fatal` is called when the engine has died. Raises ModelError for an unknown name or an unusable
-    folder.
+    `adapters` are those that requests can name. `speculate` guesses tokens by what followed the last ones before, and
+    `tensor_parallel` GPUs share each layer (both vLLM only). `on_fatal` is called when the engine has died. Raises
+    ModelError for an unknown name or an unusable folder.
     """
     if name not in get_args(EngineName):
         raise ModelError(f"engine {name!r} is not known; choose auto, transformers or vllm")
@@ -234,10 +235,17 @@ def load_engine(
         log.info("engine auto: %s, %s", chosen, why)
     if chosen == "vllm":
         return _vllm_engine(
-            folder, dtype=dtype, max_batch=max_batch, adapters=adapters, speculate=speculate, on_fatal=on_fatal
+            folder,
+            dtype=dtype,
+            max_batch=max_batch,
+            adapters=adapters,
+            speculate=speculate,
+            tensor_parallel=tensor_parallel,
+            on_fatal=on_fatal,
         )
-    if speculate:
-        raise ModelError("speculate needs vLLM: give engine=vllm, or leave speculate out")
+    for option, asked in (("speculate", speculate), ("tensor_parallel", tensor_parallel > 1)):
+        if asked:
+            raise ModelError(f"{option} needs vLLM: give engine=vllm, or leave {option} out")
     from chatglm3.engines import transformers_engine
 
     return transformers_engine.load(folder, dtype=dtype, max_batch=max_batch, adapters=adapters, on_fatal=on_fatal)

@@ -44,6 +44,7 @@ from chatglm3.tokenizer import load_tokenizer
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
 
+from transformers import GlmConfig
 from vllm import SamplingParams
 from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -78,11 +79,13 @@ class VllmEngine:
         max_batch: int = 32,
         adapters: AdapterFolders | None = None,
         speculate: bool = False,
+        tensor_parallel: int = 1,
         on_fatal: Callable[[], object] | None = None,
     ) -> None:
         """Load the model. ModelError if vLLM cannot run this folder."""
         folder = native_folder(folder)
         self._config = read_config(folder)
+        _check_split(self._config, tensor_parallel)
         self._tokenizer = load_tokenizer(folder)
         self._guides = GuideCompiler(self._tokenizer)
         self._stats = _Stats()
@@ -99,6 +102,7 @@ class VllmEngine:
             max_model_len=self.context_length,
             structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
             speculative_config=dict(NGRAM) if speculate else None,
+            tensor_parallel_size=tensor_parallel,
             disable_log_stats=True,
             **({} if torch.cuda.is_available() else CPU),
             **self._lora_arguments(),
@@ -243,6 +247,13 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where t
 
     def load(self, waiting_tokens: int) -> Load:
         return Load(self._running, self._waiting, waiting_tokens, self._cache_use, self._hits, self._queries)
+
+
+def _check_split(config: GlmConfig, ways: int) -> None:
+    """ModelError if the heads cannot be shared out so many ways."""
+    heads = config.num_attention_heads
+    if heads % ways:
+        raise ModelError(f"tensor_parallel {ways}: the model's {heads} heads cannot be shared out so many ways")
 
 
 def _dtype(dtype: DtypeName) -> str:

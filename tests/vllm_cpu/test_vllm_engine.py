@@ -124,6 +124,23 @@ def test_an_answer_goes_on_where_an_engine_that_died_left_off(
             vllm.generate(prompts[0], replace(going_on, **other))
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each process is bound to a core of its own")
+def test_two_processes_share_each_layer_and_change_no_token(
+    run: Run, vllm: Engine, folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # unless told, it wants a memory node for each
+    shared = load_engine("vllm", folder, dtype="float32", max_batch=16, tensor_parallel=2)
+    try:
+        assert ask(run, shared, prompts, GREEDY) == ask(run, vllm, prompts, GREEDY)
+    finally:
+        shared.close()
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(folder: Path):
+    with pytest.raises(ModelError, match="heads cannot be shared out"):
+        load_engine("vllm", folder, tensor_parallel=3)
+
+
 def test_speculation_changes_no_token(run: Run, vllm: Engine, folder: Path, prompts: list[list[int]]):
     guessing = load_engine("vllm", folder, dtype="float32", max_batch=16, speculate=True)
     try:
