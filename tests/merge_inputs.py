@@ -34,9 +34,9 @@ def tuned_tiny(out: Path) -> str:
     return str(out)
 
 
-def demo_rows(folder: Path) -> str:
-    """24 of the demo's questions as rows to train and to measure on."""
-    pairs = [[message["content"] for message in lesson.messages] for lesson in demo_lessons(24)]
+def demo_rows(folder: Path, number: int = 24) -> str:
+    """Some of the demo's questions as rows to train and to measure on."""
+    pairs = [[message["content"] for message in lesson.messages] for lesson in demo_lessons(number)]
     rows = [json.dumps({"instruction": asked, "output": answer}) for asked, answer in pairs]
     for split in ("train", "dev"):
         (folder / split).mkdir(parents=True)

@@ -34,7 +34,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return demo_rows(tmp_path_factory.mktemp("data") / "data")
+    return demo_rows(tmp_path_factory.mktemp("data") / "data", 6)
 
 
 def command(*flags: str) -> None:
