@@ -30,13 +30,12 @@ from serve_app import front
 from serve_app.adapter_args import check_adapters
 from serve_app.app_args import AppArgs
 from serve_app.document_answers import document_style
-from serve_app.engine_server import EngineServer, engine_of_this_replica, join_serve_log
+from serve_app.engine_server import EngineReplica, EngineServer, engine_of_this_replica, join_serve_log
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.ray_metrics import RaySink
 from serve_app.remote_engine import RemoteEngine
 from serve_app.routes import make_api
-from serve_app.scaling import WAITING_TOKENS
 from serve_app.shared_ledger import LedgerServer, SharedLedger
 
 log = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def _is_serve(url: str) -> bool:
 
 @serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)
 @serve.ingress()
-class ChatServer:
+class ChatServer(EngineReplica):
     """The HTTP API, and one engine unless `engines` has them. Replicas, GPUs and queues are options of the deployment,
     in the config file."""
 
@@ -162,16 +161,6 @@ class ChatServer:
         )
         front.install(api, args, self._engine, self._metrics, ledger=self._ledger, behind_serve=True)
         return api
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve where the deployment's autoscaling has a policy of its own."""
-        return {WAITING_TOKENS: self._engine.load.waiting_tokens}
-
-    def check_health(self) -> None:
-        """Called by Serve every few seconds; raising has the replica replaced."""
-        self._metrics.sample(self._engine.load)
-        if not self._engine.healthy:
-            raise RuntimeError("the engine has died")
 
 
 def _warn_of_open_door(args: AppArgs) -> None:

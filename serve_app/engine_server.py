@@ -41,8 +41,25 @@ def join_serve_log() -> None:
         log.setLevel(logging.INFO)
 
 
+class EngineReplica:
+    """What Serve asks of a replica that has an engine."""
+
+    _engine: Engine
+    _metrics: Metrics
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the deployment's autoscaling has a policy of its own."""
+        return {WAITING_TOKENS: self._engine.load.waiting_tokens}
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds; raising has the replica replaced."""
+        self._metrics.sample(self._engine.load)
+        if not self._engine.healthy:
+            raise RuntimeError("the engine has died")
+
+
 @serve.deployment(max_ongoing_requests=32, max_constructor_retry_count=2)
-class EngineServer:
+class EngineServer(EngineReplica):
     """An engine, to be asked by `RemoteEngine`. Failures are items, so that they arrive as what they are."""
 
     def __init__(self, args: AppArgs) -> None:
@@ -66,13 +83,3 @@ class EngineServer:
                     yield delta
         except _FAILURES as failure:
             yield failure
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve where the deployment's autoscaling has a policy of its own."""
-        return {WAITING_TOKENS: self._engine.load.waiting_tokens}
-
-    def check_health(self) -> None:
-        """Called by Serve every few seconds; raising has the replica replaced."""
-        self._metrics.sample(self._engine.load)
-        if not self._engine.healthy:
-            raise RuntimeError("the engine has died")
