@@ -73,8 +73,9 @@ def build(args: AppArgs) -> Application:
     application: Application
     if args.separate_engines:
         engines = EngineServer.options(ray_actor_options=gpus).bind(located)  # type: ignore[attr-defined]
-        # A request that waits for an engine is one of these.
-        application = ChatServer.options(max_ongoing_requests=1000).bind(located, ledger, engines)  # type: ignore[attr-defined]
+        # A request that waits for an engine is one of its own; and it must find a place where engines take all CPUs.
+        http = {"max_ongoing_requests": 1000, "ray_actor_options": {"num_cpus": 0}}
+        application = ChatServer.options(**http).bind(located, ledger, engines)  # type: ignore[attr-defined]
     else:
         application = ChatServer.options(ray_actor_options=gpus).bind(located, ledger)  # type: ignore[attr-defined]
     return application
