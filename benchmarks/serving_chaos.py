@@ -44,6 +44,7 @@ from chatglm3.tiny import FOLDER
 from chatglm3.tokenizer import load_tokenizer
 from serve_app.load import Prompt, at_once
 
+ENGINE = f"{REPLICA}chat:EngineServer"
 USERS, STRIKE_S, LOAD_S, READY_S, BOTHER_S = 8, 10, 40, 120, 20
 PROMPT = Prompt([{"role": "user", "content": "介绍一下你自己。"}], max_tokens=64)
 CHECK_OFTEN = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
@@ -56,6 +57,17 @@ Strike = Callable[[Service], float]
 def two_replicas(**settings: str) -> Iterator[Service]:
     """On one node, behind Ray Serve's proxy."""
     with service(example_config(2), ray_environment() | settings, 2) as running:
+        yield running
+
+
+@contextmanager
+def two_separate_engines() -> Iterator[Service]:
+    """Behind one replica that speaks HTTP."""
+    config = example_config(2)
+    [application] = config["applications"]
+    application["args"]["separate_engines"] = True
+    application["deployments"][0]["name"] = "EngineServer"
+    with service(config, ray_environment(), 3) as running:
         yield running
 
 
@@ -87,6 +99,15 @@ def kill(name: str, expected: int) -> Strike:
         return until_there_are(running, name, expected, victim.pid)
 
     return strike
+
+
+def kill_each_engine(running: Service) -> float:
+    """SIGKILL to both engines, the second when it has taken over from the first."""
+    first, second = running.processes(ENGINE)
+    first.kill()
+    time.sleep(1)
+    second.kill()
+    return 1 + until_there_are(running, ENGINE, 2, second.pid)
 
 
 def until_there_are(running: Service, name: str, expected: int, gone: int) -> float:
@@ -193,6 +214,8 @@ class Fault:
 
 FAULTS = {
     "replica": Fault("`kill -9` of 1 of 2 replicas", kill(REPLICA, 2)),
+    "engine": Fault("`kill -9` of 1 of 2 engines in replicas of their own", kill(ENGINE, 2), two_separate_engines),
+    "engines": Fault("`kill -9` of both, one after the other", kill_each_engine, two_separate_engines),
     "proxy": Fault("`kill -9` of the only HTTP proxy", kill(PROXY, 1)),
     "proxy-checked": Fault(
         "the same, proxies checked each second", kill(PROXY, 1), lambda: two_replicas(**CHECK_OFTEN)
