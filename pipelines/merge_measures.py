@@ -44,11 +44,16 @@ def _data(config: "MergeConfig", base: ModelFolder, is_asked: bool | None, split
     return Path(data)
 
 
+def calibration_rows(config: "MergeConfig", base: ModelFolder) -> Path | None:
+    """The data folder that w4a16 is calibrated on; None for another format, and where there are no rows."""
+    return _data(config, base, config.calibrate, "train") if config.format == "w4a16" else None
+
+
 def calibration(
     config: "MergeConfig", base: ModelFolder, weights: MergedWeights, facts: dict[str, Any]
 ) -> Callable[[], Calibrated] | None:
     """What makes the weights in w4a16 by GPTQ, once; None if another format is asked for, or there are no rows."""
-    data = _data(config, base, config.calibrate, "train") if config.format == "w4a16" else None
+    data = calibration_rows(config, base)
     if not data:
         return None
 

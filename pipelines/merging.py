@@ -20,7 +20,7 @@ from cluster.config import Config
 from pipelines.folding import MergedWeights, Onto
 from pipelines.gptq import Calibrated
 from pipelines.merge_inputs import make_facts, open_base, told_by_all
-from pipelines.merge_measures import calibration, make_yardstick, measure
+from pipelines.merge_measures import calibration, calibration_rows, make_yardstick, measure
 from pipelines.model_card import verify, write_card, write_sums
 from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weight_files import write_weights
@@ -118,8 +118,11 @@ def merge(config: MergeConfig) -> str:
 
 
 def _digest(config: MergeConfig, base: ModelFolder, inputs: dict[str, str]) -> str:
-    """Stands for the weights that are made."""
-    made = [base.weights_digest, inputs, config.adapters, config.format, config.onto, config.calibrate, config.data]
+    """Stands for the weights that are made: files that another run of the same digest wrote are gone on behind."""
+    rows = calibration_rows(config, base)
+    receipt = storage.read_receipt(rows) if rows else None
+    calibrated_on = receipt.facts["dataset"] if receipt else str(rows)
+    made = [base.weights_digest, inputs, config.adapters, config.format, config.onto, config.data, calibrated_on]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 

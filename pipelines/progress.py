@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def mean_utilisation(rows: list[dict[str, Any]]) -> float | None:
-    """Of the matrix roof over those steps; None where a device's roof is not known."""
+    """Of the bf16 matrix roof over those steps; None where a device's roof is not known."""
     known = [row for row in rows if "utilisation" in row]
     seconds = sum(row["seconds"] for row in known)
     return sum(row["utilisation"] * row["seconds"] for row in known) / seconds if known else None
@@ -104,7 +104,7 @@ def describe(rows: list[dict[str, Any]], steps: int) -> str:
     dev = "".join(f" {DEV_METRICS[name]} {value:.3f}" for name, value in last.items())
     left = timedelta(seconds=round((steps - len(rows)) * seconds / len(recent)))
     waiting = sum(row["waiting_seconds"] for row in recent) / seconds
-    utilisation = f"{used:.0%} of the matrix roof, " if (used := mean_utilisation(recent)) is not None else ""
+    utilisation = f"{used:.0%} of the bf16 roof, " if (used := mean_utilisation(recent)) is not None else ""
     return (
         f"loss {loss / len(recent):.3f}{dev}, {tokens / seconds:,.0f} tokens/s, "
         f"{utilisation}waiting for data {waiting:.0%}, {left} left"

@@ -58,6 +58,8 @@ class SweepConfig(Config):
 
 def sweep(config: SweepConfig) -> str:
     """Find good settings and return the folder that holds them as run.yaml."""
+    if config.train.trackers:
+        raise StageError("--train.trackers: trials are not tracked; leave it out, and give it to train with run.yaml")
     data = storage.open_folder(config.train.data, "prepare")
     base = open_model(config.train.base, "--train.base")
     storage.check_output(config.out, "sweep", (config.train.data, base.location))
@@ -65,7 +67,7 @@ def sweep(config: SweepConfig) -> str:
     gpus = session.gpus_per_worker(config.train.use_gpu)
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     run = Path(f"{Path(config.out)}.run").resolve() / f"sweep-{digest[:16]}"
-    plan = make_plan(config.train.model_copy(update={"workers": 1}), base, data, run, gpus)
+    plan = make_plan(config.train.model_copy(update={"workers": 1, "score_rows": 0}), base, data, run, gpus)
     if not BlockFile(plan.dev_blocks).target_counts.any():
         raise StageError(f"--train.data {config.train.data} has no dev rows to judge by; prepare with a --dev_share")
     receipt = storage.receipt_of("sweep", config, inputs={config.train.data: data.digest})

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,6 +23,7 @@ TrackerName = Literal["mlflow", "wandb"]
 PACKAGES: dict[TrackerName, str] = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
 SECONDS_BETWEEN_LOOKS = 2.0
 SECONDS_TO_FINISH = 20.0
+ROWS_AT_ONCE = 50  # MLflow takes a thousand values in one request
 Settings = Mapping[str, Any]
 
 
@@ -46,8 +48,8 @@ class Tracker(Protocol):
 
     run_id: str
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Record one step."""
+    def log(self, rows: Sequence[dict[str, float]]) -> None:
+        """Record steps: the metrics of each, `step` among them."""
 
     def finish(self, succeeded: bool) -> None:
         """Mark the run as ended."""
@@ -59,11 +61,22 @@ class _Mlflow:
 
         self._api = mlflow
         self.run_id: str = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name).info.run_id
-        if not run_id:
-            mlflow.log_params(dict(settings))
+        try:
+            if not run_id:
+                mlflow.log_params(dict(settings))
+        except BaseException:
+            mlflow.end_run("FAILED")  # or the next try is told that a run is active already
+            raise
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._api.log_metrics(values, step=step)
+    def log(self, rows: Sequence[dict[str, float]]) -> None:
+        now = int(1000 * time.time())
+        metrics = [
+            self._api.entities.Metric(name, value, now, int(row["step"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "step"
+        ]
+        self._api.MlflowClient().log_batch(self.run_id, metrics)
 
     def finish(self, succeeded: bool) -> None:
         self._api.end_run("FINISHED" if succeeded else "FAILED")
@@ -73,15 +86,19 @@ class _Wandb:
     def __init__(self, run_id: str | None, folder: Path, settings: Settings) -> None:
         import wandb
 
-        quiet = wandb.Settings(silent=True, console="off", finish_timeout=SECONDS_TO_FINISH)
+        quiet = wandb.Settings(
+            silent=True, console="off", init_timeout=SECONDS_TO_FINISH, finish_timeout=SECONDS_TO_FINISH
+        )
         wandb.setup(settings=quiet)  # or, without a key, it would ask for one on the terminal of the progress bar
         self._run = wandb.init(
             id=run_id, name=folder.name, resume="allow", dir=folder, config=dict(settings), settings=quiet
         )
         self.run_id: str = self._run.id
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
+    def log(self, rows: Sequence[dict[str, float]]) -> None:
+        for row in rows:
+            step = int(row["step"])
+            self._run.log({name: value for name, value in row.items() if name != "step"}, step=step, commit=True)
 
     def finish(self, succeeded: bool) -> None:
         self._run.finish(exit_code=int(not succeeded))
@@ -118,12 +135,18 @@ class _Follower:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(SECONDS_BETWEEN_LOOKS)
-            try:
-                self._send()
-                if stopping and self._tracker:
-                    self._tracker.finish(self._succeeded)
-            except Exception as error:  # there is no list of what these packages, their servers and networks can raise
-                self._warn(" ".join(f"{type(error).__name__}: {error}".split()))
+            self._try(self._send)
+        self._try(self._finish)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # there is no list of what these packages, their servers and networks can raise
+            self._warn(" ".join(f"{type(error).__name__}: {error}".split()))
+
+    def _finish(self) -> None:
+        if self._tracker:
+            self._tracker.finish(self._succeeded)
 
     def _send(self) -> None:
         rows = [row for row in read_metrics(self._folder / "metrics.jsonl") if row["step"] > self._sent]
@@ -131,11 +154,11 @@ class _Follower:
             return
         self._tracker = self._tracker or _TRACKERS[self._name](self._run_id, self._folder, self._settings)
         self._run_id = self._tracker.run_id
-        try:
-            for row in rows:
-                self._tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-                self._sent = row["step"]
-        finally:
+        self._keep()
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            self._tracker.log(some)
+            self._sent = some[-1]["step"]
             self._keep()
 
     def _keep(self) -> None:

@@ -88,7 +88,7 @@ def _draw_rates(plt: Any, rows: list[Row]) -> Any:
     waiting.set(ylabel="% waiting for data", ylim=(0, 100))
     for roof in more:
         roof.plot([row["step"] for row in known], [100 * row["utilisation"] for row in known])
-        roof.set(ylabel="% of the matrix roof", ylim=(0, 100))
+        roof.set(ylabel="% of the bf16 matrix roof", ylim=(0, None))
     for axes in (rate, waiting, *more):
         axes.grid(alpha=0.3)
     figure.supxlabel("step")

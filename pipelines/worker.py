@@ -84,11 +84,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     warned = False
     while not training.done:
         metrics = training.advance()
+        warning = ray.train.get_preemption_info() is not None  # a node is about to be taken away
         if training.step % plan.eval_every == 0 or training.done:
-            metrics |= training.evaluate() | training.answer_questions()
+            metrics |= training.evaluate() | ({} if warning else training.answer_questions())
         if log:
             log.write(metrics)
-        warning = ray.train.get_preemption_info() is not None  # a node is about to be taken away
         if "dev_loss" in metrics or training.step % plan.save_every == 0 or training.done or warning > warned:
             _report(training, metrics)
         warned = warning
@@ -182,11 +182,12 @@ class Training:
         } | self._gpu_metrics(blocks, seconds)
 
     def _gpu_metrics(self, blocks: list[int], seconds: float) -> dict[str, float]:
-        """Memory and, of a GPU that is known, how much of its matrix roof a step used; {} without a GPU."""
+        """Memory and, of a GPU that is known, how much of its bf16 matrix roof a step used; {} without a GPU."""
         if self.device.type != "cuda":
             return {}
         metrics = {"memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
-        if peak := peak_flops(torch.cuda.get_device_name(self.device)):
+        peak = peak_flops(torch.cuda.get_device_name(self.device))
+        if peak and self.plan.base_format != "fp32":
             known = self.train_blocks
             counts = (known.token_counts, known.attended_counts, known.target_counts)
             flops = step_flops(self.model.config, self.plan.lora, *(int(count[blocks].sum()) for count in counts))
@@ -230,8 +231,8 @@ class Training:
         if not self.spot_check:
             return {}
         started = time.monotonic()
-        # Without gradients, a token takes less than half of what a training step keeps of it, recomputing or not.
-        batches = self.spot_check.batches(2 * self.plan.block_tokens, self.world)
+        # Without gradients, a token takes less than what a training step keeps of it.
+        batches = self.spot_check.batches(self.plan.block_tokens, self.world)
         mine = len(batches[self.rank :: self.world])
         points = torch.zeros(len(METRICS), device=self.device)
         for number, batch in enumerate(self._rounds(batches)):

@@ -76,8 +76,8 @@ def test_a_node_that_joins_gets_a_worker_and_one_that_is_taken_away_with_notice_
             assert seen.workers == 1
             with second_node(env):
                 wait_for(lambda: seen.look().workers == 2, 120)
-                give_notice(env)
                 noticed, inode = seen.look().last, run.step()[1]
+                give_notice(env)
                 wait_for(lambda: seen.look() and run.step()[1] != inode, 90)
                 kept = run.step()[0]
                 wait_for(lambda: seen.look().last > kept + 3 and seen.workers == 1, 60)

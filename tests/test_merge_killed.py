@@ -63,6 +63,7 @@ def timed(out: Path, *flags: str) -> tuple[float, float]:
     """Seconds from the start of an undisturbed run to its first trace beside `out`, and to its end."""
     process, start = started(*flags), time.monotonic()
     while not any(out.parent.iterdir()):
+        assert process.is_alive()
         time.sleep(0.002)
     begins = time.monotonic() - start
     process.join()
@@ -104,7 +105,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_model_or_none_and_the_same_command_
         finish(*flags)
         assert content(out) == undisturbed
         assert list(tmp_path.iterdir()) == [out]
-    assert exit_codes.count(-signal.SIGKILL) > 1, exit_codes  # a moment near the end can come too late
+    assert -signal.SIGKILL in exit_codes, exit_codes  # a moment near the end can come too late
 
 
 def test_a_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not(
