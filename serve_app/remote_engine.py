@@ -1,14 +1,13 @@
 """The engines of other replicas, asked as one that outlives each of them."""
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from chatglm3.checkpoint import read_config
@@ -16,6 +15,7 @@ from chatglm3.engines import AdapterFolders, Delta, EngineDied, EngineError, Loa
 from chatglm3.engines.request_check import check_request
 from chatglm3.engines.request_errors import RequestError
 from serve_app.app_args import AppArgs
+from serve_app.engine_server import Failure
 from serve_app.errors import ApiError
 
 ATTEMPTS = 2
@@ -53,7 +53,7 @@ class RemoteEngine:
     async def prepare(self, sampling: Sampling) -> None:
         """See `Engine.prepare`: where one replica can do it, all can."""
         if sampling.adapter or sampling.guide:
-            failure = await self._servers.prepare.remote(sampling)
+            failure = await self._prepared(sampling)
             if failure is not None:
                 raise failure
 
@@ -65,6 +65,17 @@ class RemoteEngine:
     def close(self) -> None:
         """Nothing: Serve ends the engines."""
 
+    async def _prepared(self, sampling: Sampling) -> Failure | None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with _failures_as_engines():
+                    failure: Failure | None = await self._servers.prepare.remote(sampling)
+                    return failure
+            except EngineDied:
+                if attempt == ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
     async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         drawn: tuple[int, ...] = ()
         for attempt in range(1, ATTEMPTS + 1):
@@ -73,13 +84,14 @@ class RemoteEngine:
                     async for delta in deltas:
                         drawn += delta.token_ids
                         yield delta
-                return
+                        if delta.finish_reason:
+                            return
             except EngineDied as death:
                 if attempt == ATTEMPTS:
                     raise
                 log.warning("an engine died %d tokens into an answer (%s); another goes on", len(drawn), death)
             except RequestError as refusal:
-                if not drawn:
+                if attempt == 1 or not drawn:
                     raise
                 raise EngineError(f"the engine died, and no other can go on with this answer: {refusal}") from None
 
@@ -87,18 +99,28 @@ class RemoteEngine:
         """One replica's answer. EngineDied if the replica does."""
         answer = self._streams.generate.remote(prompt_ids, sampling)
         assert isinstance(answer, DeploymentResponseGenerator)
+        is_complete = False
         try:
-            async for item in answer:
-                if isinstance(item, Delta):
+            with _failures_as_engines():
+                async for item in answer:
+                    if not isinstance(item, Delta):
+                        raise item
+                    is_complete = item.finish_reason is not None
                     yield item
-                else:
-                    raise item
-        except BackPressureError:
-            raise ApiError(
-                503, "the engines are busy; try again", code="overloaded", headers={"Retry-After": "1"}
-            ) from None
-        except RayError as error:
-            raise EngineDied(f"its replica is gone: {type(error).__name__}") from error
-        except (GeneratorExit, asyncio.CancelledError):  # the client went away
-            answer.cancel()  # type: ignore[no-untyped-call]
-            raise
+        finally:
+            if not is_complete:  # the client went away, or the replica is out of reach and may still write
+                answer.cancel()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _failures_as_engines() -> Iterator[None]:
+    """Raise what Ray says of a replica as what an engine would."""
+    try:
+        yield
+    except (BackPressureError, DeploymentUnavailableError):
+        busy = "the engines are busy; try again"
+        raise ApiError(503, busy, code="overloaded", headers={"Retry-After": "1"}) from None
+    except RayTaskError:  # our own mistake, at which nobody died
+        raise
+    except RayError as error:
+        raise EngineDied(f"its replica is gone: {type(error).__name__}") from error

@@ -31,7 +31,14 @@ def client(ray_cluster: None, tiny: Path, tmp_path_factory: pytest.TempPathFacto
         "name": APP,
         "import_path": "serve_app.app:build",
         "args": {"model": str(model), "name": "tiny", "adapter_dir": str(shelf), "separate_engines": True},
-        "deployments": [{"name": "EngineServer", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}}],
+        "deployments": [
+            {
+                "name": "EngineServer",
+                "num_replicas": 2,
+                "max_ongoing_requests": 2,
+                "ray_actor_options": {"num_cpus": 0.5},
+            }
+        ],
     }
     with served({"applications": [application]}, tmp_path_factory.mktemp("serve")) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -82,10 +89,15 @@ def test_without_any_engine_left_a_stream_waits_for_a_new_one(client):
 def test_a_request_that_kills_engines_comes_to_two_of_them_at_most(client):
     wait_for(lambda: len(engines()) == 2, 60)
     chunks = ask(client, 0, max_tokens=2000, stream=True)
-    for _ in range(2):
-        for _ in range(100):
-            assert next(chunks).choices[0].finish_reason is None
-        kill(engines())
+    for _ in range(5):
+        next(chunks)
+    kill(engines())
+    waited = 0.0
+    while waited < 1:  # what was on its way comes at once, the rest from a new engine
+        asked = time.monotonic()
+        next(chunks)
+        waited = time.monotonic() - asked
+    kill(engines())
     with pytest.raises(openai.APIError) as broken:
         list(chunks)
     assert broken.value.code == "engine_error"
@@ -119,4 +131,4 @@ def test_clients_that_go_away_free_their_places(client):
     time.sleep(1)
     started = time.monotonic()
     ask(client, 2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5  # those 12 would have taken 15
