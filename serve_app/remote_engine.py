@@ -52,10 +52,19 @@ class RemoteEngine:
 
     async def prepare(self, sampling: Sampling) -> None:
         """See `Engine.prepare`: where one replica can do it, all can."""
-        if sampling.adapter or sampling.guide:
-            failure = await self._prepared(sampling)
-            if failure is not None:
-                raise failure
+        if not (sampling.adapter or sampling.guide):
+            return
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with _failures_as_engines():
+                    failure: Failure | None = await self._servers.prepare.remote(sampling)
+            except EngineDied:
+                if attempt == ATTEMPTS:
+                    raise
+            else:
+                if failure is not None:
+                    raise failure
+                return
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`."""
@@ -64,17 +73,6 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Nothing: Serve ends the engines."""
-
-    async def _prepared(self, sampling: Sampling) -> Failure | None:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with _failures_as_engines():
-                    failure: Failure | None = await self._servers.prepare.remote(sampling)
-                    return failure
-            except EngineDied:
-                if attempt == ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
 
     async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         drawn: tuple[int, ...] = ()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import GlmConfig
 
 from chatglm3.adapters import native_adapter
 from chatglm3.checkpoint import read_config
@@ -44,7 +45,6 @@ from chatglm3.tokenizer import load_tokenizer
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
 
-from transformers import GlmConfig
 from vllm import SamplingParams
 from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
