@@ -84,6 +84,9 @@ def recompute_layers(model: PeftModel) -> None:
 
 def compile_layers(model: PeftModel) -> None:
     """Compile each decoder layer, which takes half a minute once; batches must be padded (`batches.Padding`)."""
+    # Every size that padding grows to has three forms: the first layer's, the others', and evaluation's. After eight
+    # forms of a function torch would run it uncompiled, for good.
+    torch._dynamo.config.recompile_limit = 64
     for layer in model.get_base_model().model.layers:
         layer.compile(dynamic=False)
 
