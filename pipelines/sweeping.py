@@ -87,7 +87,9 @@ def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose first lines no setting turns off
     space = {"rank": config.ranks, "learning_rate": config.learning_rates, "targets": config.targets}
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, plan=plan.model_dump()), {"cpu": 1, "gpu": gpus}),
+        tune.with_resources(
+            tune.with_parameters(_trial, plan=plan.model_dump(), on_gpu=bool(gpus)), {"cpu": 1, "gpu": gpus}
+        ),
         param_space={name: tune.choice(values) for name, values in space.items()},
         tune_config=tune.TuneConfig(
             metric="dev_loss",
@@ -109,11 +111,11 @@ def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -
             yield result.config | {"dev_loss": min(loss for _, loss in points), "points": points}
 
 
-def _trial(settings: dict[str, Any], plan: dict[str, Any]) -> None:
+def _trial(settings: dict[str, Any], plan: dict[str, Any], on_gpu: bool) -> None:
     """One training without checkpoints, which are cheaper to do again than to keep."""
     lora = {"rank": settings["rank"], "alpha": 2 * settings["rank"], "targets": TARGETS[settings["targets"]]}
     plan = plan | {"learning_rate": settings["learning_rate"], "lora": plan["lora"] | lora}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu else "cpu")  # a node shows its GPUs to trials that were given none too
     training = Training(TrainingPlan(**plan), rank=0, world=1, device=device)
     every = max(1, training.plan.steps // EVALUATIONS)
     while not training.done:
