@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
 Near = Callable[[list[float], list[float], float], None]
 RERUN = 0.02
 """By how much a loss may differ between runs of the same steps: attention's backward pass adds up in any order."""
-ACROSS = 0.03
+ACROSS = 0.05
 """By how much from the loss that a CPU computes in fp32."""
 
 
@@ -161,7 +161,7 @@ def test_the_stage_gives_the_curve_of_the_loop_though_a_worker_be_killed_and_tel
 ) -> None:
     out = tmp_path / "adapter"
     run = Path(f"{out}.run")
-    killer = threading.Thread(target=kill_a_worker_after_step, args=(run, HALF), daemon=True)
+    killer = threading.Thread(target=kill_a_worker_after_step, args=(run, 6), daemon=True)
     if is_killed:
         killer.start()
     train(TrainConfig.model_validate({"data": rows, "out": str(out), "base_format": base_format} | SETTINGS))
