@@ -30,7 +30,7 @@ class Sharded:
     def __init__(
         self, model: PeftModel, optimizer: torch.optim.AdamW, max_grad_norm: float, state: Any, stage: int
     ) -> None:
-        if not torch.cuda.is_available():
+        if not next(model.parameters()).is_cuda:  # whatever GPUs the node has
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # here, because it asks the environment which accelerator to use
 
