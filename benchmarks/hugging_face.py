@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.recipes import ON_GPU, Lengths, Tick, example_lengths, is_budget, packed_lengths, padded, random_block
-from pipelines import packed_attention
+from pipelines.packed_attention import flash_attention_2
 
 GROUPED_EXAMPLES = {"one-document": 4, "five-documents": 2, "long-answers": 4}
 """Examples of a batch under group_by_length: the longest ones come first, and must fit in 80 GB."""
@@ -82,10 +84,22 @@ class _Ticking(TrainerCallback):
         control.should_training_stop = not self.tick(*self.collator.counts[state.global_step - 1])
 
 
+def _flash_2(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What the package flash-attn would do, by PyTorch's own kernel."""
+    flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = flash_attention_2(*flat, kwargs["boundaries"], kwargs["longest"], kwargs["scaling"])
+    return output[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register("flash_2_of_torch", _flash_2)
+ATTENTION = {"flex": "flex_attention", "flash": "flash_2_of_torch", "flash4": "flash_attention_4"}
+
+
 def run_trainer(model: PeftModel, words: list[str], kind: str, tick: Tick) -> None:
-    """`hf-grouped`, or `hf-packed-8k-sdpa`, `-flex`, `-flash`: batches of the Trainer until `tick` wants no more."""
-    attention = {"flex": "flex_attention", "flash": packed_attention.NAME}.get(words[-1], "sdpa")
-    model.get_base_model().set_attn_implementation(attention)
+    """Batches of the Trainer, `hf-grouped` or `hf-packed-8k-sdpa` and its like, until `tick` wants no more."""
+    model.get_base_model().set_attn_implementation(ATTENTION.get(words[-1], "sdpa"))
     grouped = words[1] == "grouped"
     collator = _Collator(model.config.vocab_size, words[-1] == "flash")
     with tempfile.TemporaryDirectory() as folder:

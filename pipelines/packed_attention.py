@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipelines import flash_attention_4
+
 NAME = "packed"
 # torch 2.13 wants to be told that keys and values have fewer heads; 2.11 has no such word and takes them as they are.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -28,10 +30,24 @@ def packed_attention(
     if not query.is_cuda or query.dtype == torch.float32:
         return _one_by_one(query, key, value, boundaries, scale), None
     longest: int = kwargs["longest"]
-    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    output = varlen_attn(*flat, boundaries, boundaries, longest, longest, scale=scale, window_size=(-1, 0), **_GROUPED)
-    assert isinstance(output, Tensor)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if flash_attention_4.is_there(query.device):
+        output, _ = flash_attention_4.attend(query, key, value, boundaries, longest, scale)
+    else:
+        output = flash_attention_2(query, key, value, boundaries, longest, scale)
     return output[None], None
+
+
+def flash_attention_2(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float
+) -> Tensor:
+    """PyTorch's own kernel; arguments and output as `flash_attention_4.attend`'s."""
+    causal = (-1, 0)
+    output = varlen_attn(
+        query, key, value, boundaries, boundaries, longest, longest, scale=scale, window_size=causal, **_GROUPED
+    )
+    assert isinstance(output, Tensor)
+    return output
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float) -> Tensor:
