@@ -60,7 +60,11 @@ def megabytes(processes: Sequence[psutil.Process]) -> list[float]:
 
 @contextmanager
 def service(
-    config: dict[str, Any], env: dict[str, str], replicas: int = 1, nodes: Sequence[int] = ()
+    config: dict[str, Any],
+    env: dict[str, str],
+    replicas: int = 1,
+    nodes: Sequence[int] = (),
+    ready_s: float = READY_S,
 ) -> Iterator[Service]:
     """A Serve config file on a free port, once `replicas` of it run and it answers.
 
@@ -75,7 +79,7 @@ def service(
             process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         running = Service(f"http://127.0.0.1:{config['http_options']['port']}", [process.pid, *nodes])
         try:
-            deadline = time.monotonic() + READY_S
+            deadline = time.monotonic() + ready_s
             while not running.answers() or len(running.processes(REPLICA)) < replicas:
                 assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
                 time.sleep(0.5)

@@ -62,10 +62,27 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of which vLLM wants its limit to 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 # Compiling for a CPU takes a minute. And a request with a seed whose prompt is read in chunks ends vLLM 0.32 there:
-# "CPU Generator does not use offset".
-CPU = {"enforce_eager": True, "enable_chunked_prefill": False}
+# "CPU Generator does not use offset". Nearly all memory would become its cache, unless $VLLM_CPU_KVCACHE_SPACE says less.
+CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": 4 << 30}
 
 log = logging.getLogger(__name__)
+
+
+def engine_arguments(
+    folder: Path, *, dtype: DtypeName = "auto", max_batch: int = 32, speculate: bool = False, tensor_parallel: int = 1
+) -> dict[str, Any]:
+    """What vLLM is told of a model, whichever of its interfaces runs it."""
+    return {
+        "model": str(folder),
+        "dtype": _dtype(dtype),
+        "max_num_seqs": max_batch,
+        "max_model_len": read_config(folder).max_position_embeddings,
+        "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),
+        "speculative_config": dict(NGRAM) if speculate else None,
+        "tensor_parallel_size": tensor_parallel,
+        "disable_log_stats": True,
+        **({} if torch.cuda.is_available() else CPU),
+    }
 
 
 class VllmEngine:
@@ -95,20 +112,12 @@ class VllmEngine:
         self._on_fatal = on_fatal
         self.adapters = adapters or AdapterFolders()
         self.context_length: int = self._config.max_position_embeddings
-        arguments = AsyncEngineArgs(
-            model=str(folder),
-            dtype=_dtype(dtype),
-            max_num_seqs=max_batch,
-            max_model_len=self.context_length,
-            structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
-            speculative_config=dict(NGRAM) if speculate else None,
-            tensor_parallel_size=tensor_parallel,
-            disable_log_stats=True,
-            **({} if torch.cuda.is_available() else CPU),
-            **self._lora_arguments(),
+        arguments = engine_arguments(
+            folder, dtype=dtype, max_batch=max_batch, speculate=speculate, tensor_parallel=tensor_parallel
         )
+        arguments |= self._lora_arguments()
         try:
-            self._llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda *_: self._stats])
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[lambda *_: self._stats])
         except Exception as error:
             raise ModelError(f"{folder}: vLLM cannot run it ({_line(error)}); engine=transformers can") from error
 
