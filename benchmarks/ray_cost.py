@@ -38,7 +38,8 @@ def train_bare(data: str, folder: Path, steps: int) -> Path:
     config = TrainConfig(data=data, **settings(steps))
     plan = make_plan(config, open_model("tiny", "--base"), storage.open_folder(data, "prepare"), folder / "run", 0)
     training = Training(plan, 0, 1, torch.device("cpu"))
-    log = MetricsLog(folder / "run", 0)
+    log = MetricsLog(folder / "run")
+    log.begin(0)
     while not training.done:
         log.write(training.advance())
     return folder / "run"

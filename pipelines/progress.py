@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,29 @@ DEV_METRICS = {"dev_loss": "dev", "dev_exact_match": "exact match", "dev_f1": "F
 
 
 class MetricsLog:
-    """The first worker's record of every step, as JSON lines and for TensorBoard; goes on after a restart."""
+    """The first worker's record of every step, as JSON lines and for TensorBoard; goes on after a restart.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    A worker on a node that is cut off does not know that another has its place. Whoever came last writes: from then
+    on an older one's `begin` fails, and what it writes after its `begin` goes to a file without a name.
+    """
+
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        for older in folder.glob("metrics.*.partial"):
+            older.unlink(missing_ok=True)
+        self._folder, self._rewritten = folder, folder / f"metrics.{uuid.uuid4().hex}.partial"
+        self._rewritten.touch()
+
+    def begin(self, step: int) -> None:
+        """Go on behind `step`. FileNotFoundError if another worker has come since."""
+        path = self._folder / "metrics.jsonl"
         # Steps after the checkpoint are computed again: the curve must hold each step once.
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        rewritten.replace(path)  # a worker killed in between must not leave a curve that has lost its beginning
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._file = self._rewritten.open("r+", encoding="utf-8", buffering=1)  # makes no file where there is none
+        self._file.writelines(json.dumps(row) + "\n" for row in kept)
+        self._file.flush()
+        self._rewritten.replace(path)  # a worker killed in between must not leave a curve that has lost its beginning
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step."""

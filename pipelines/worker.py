@@ -77,10 +77,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     plan = TrainingPlan(**settings)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    log = MetricsLog(Path(plan.folder)) if rank == 0 else None  # before the model's minutes: a later worker must win
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
         training = Training(plan, rank, world, get_device(), Path(folder) if folder else None)
-    log = MetricsLog(Path(plan.folder), training.step) if rank == 0 else None
+    if log:
+        log.begin(training.step)
     warned = False
     while not training.done:
         metrics = training.advance()

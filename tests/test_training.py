@@ -143,13 +143,33 @@ def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(
 def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"ste')
     command = "import os, pathlib, sys; from pipelines.progress import MetricsLog; "
-    command += "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1]), 1)"
+    command += (
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1])).begin(1)"
+    )
     killed = subprocess.run([sys.executable, "-c", command, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    log = MetricsLog(tmp_path, 1)
+    log = MetricsLog(tmp_path)
+    log.begin(1)
     log.write({"step": 2, "loss": 1.5})
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_of_two_workers_that_write_the_same_run_the_one_that_came_last_has_it(tmp_path: Path) -> None:
+    """A node that is cut off goes on computing where nothing of the others is needed."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    computing, loading = MetricsLog(tmp_path), MetricsLog(tmp_path / "other")
+    computing.begin(1)
+    last = MetricsLog(tmp_path)
+    computing.write({"step": 2, "loss": 9.0})  # still in its place
+    last.begin(1)
+    computing.write({"step": 3, "loss": 9.0})
+    last.write({"step": 2, "loss": 2.0})
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 2.0]
+    MetricsLog(tmp_path / "other").begin(1)
+    with pytest.raises(FileNotFoundError):
+        loading.begin(1)
 
 
 def test_modules_that_get_no_adapter_are_refused_in_one_line() -> None:
