@@ -6,7 +6,8 @@
 
 Each fault strikes a run of the train command on the tiny model while it is computing. Where that ends the command, as
 a person would it is given again. Seconds are from the fault to the first new step; the curve is compared step by step
-with an undisturbed run's. `raylet` starts a Ray cluster of two nodes; `full-disk` mounts a small tmpfs (root);
+with an undisturbed run's. `raylet` and `link` start a Ray cluster of two nodes, the second one of `link` in a network
+namespace (root, `ip` of iproute2); `full-disk` mounts a small tmpfs (root);
 `slow-store` and `store-cut` need $MOTO_SERVER, the path of `moto_server` in an environment of its own, whose versions
 are not ours (pip install "moto[s3,server]>=5.2.5").
 """
@@ -23,12 +24,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.fault_places import Line, end_tree, object_store, several_nodes, small_disk
+from benchmarks.fault_places import Line, Link, end_tree, object_store, several_nodes, small_disk, two_hosts
 from chatglm3.tiny.knowledge import write_shards
 
 STEPS, STRIKE_AT = 16, 7
@@ -214,13 +216,17 @@ def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
     """Run one fault."""
     out = folder / name / "adapter"
     with ExitStack() as stack:
-        fault = FAULTS.get(name)
+        fault, mend = FAULTS.get(name), _nothing
         if fault:
             run = Run(data, out)
         elif name == "raylet":
             env, [_, node] = stack.enter_context(several_nodes())
             run = Run(data, out, {"min_workers": 1}, env)
             fault = _raylet_killer(node)
+        elif name == "link":
+            env, link = stack.enter_context(two_hosts())
+            run = Run(data, out, {"min_workers": 1}, env)
+            fault, mend = _link_cutter(link), partial(_mend, link)
         elif name == "full-disk":
             run = Run(data, out, {"storage": stack.enter_context(small_disk())})
             fault = _disk_filler(Path(run.flags["storage"]))
@@ -229,7 +235,9 @@ def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
             run = Run(data, out, {"storage": place}, keys)
             fault = {"slow-store": _slow_store, "store-cut": _cut_store}[name](line)
         try:
-            return finish(run, *strike(run, fault, name in GO_ON), expected)
+            struck = strike(run, fault, name in GO_ON)
+            mend()
+            return finish(run, *struck, expected)
         finally:
             if run.process:
                 end_tree(run.process.pid)
@@ -243,6 +251,27 @@ def _raylet_killer(node: subprocess.Popen[bytes]) -> Strike:
         return "the raylet of 1 of 2 nodes"
 
     return kill
+
+
+def _link_cutter(link: Link) -> Strike:
+    def cut(run: Run) -> str:
+        link.cut()
+        return "the link between 2 nodes, until the first new step"
+
+    return cut
+
+
+def _mend(link: Link) -> None:
+    """Plug the cable in again; Ray must end all that is left on the node that it gave up."""
+    link.mend()
+    deadline = time.monotonic() + 30
+    while left := link.processes_there():
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def _nothing() -> None:
+    """Most faults need no mending."""
 
 
 def _disk_filler(disk: Path) -> Strike:
@@ -282,7 +311,7 @@ def _cut_store(line: Line) -> Strike:
 
 
 GO_ON = {"slow-worker", "slow-store", "store-cut"}  # faults that end no process
-ALL = [*FAULTS, "raylet", "full-disk", "slow-store", "store-cut"]
+ALL = [*FAULTS, "raylet", "link", "full-disk", "slow-store", "store-cut"]
 
 
 def prepare_rows(folder: Path) -> str:

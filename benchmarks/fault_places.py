@@ -1,4 +1,4 @@
-"""Places that can fail, for the benchmarks of faults: a cluster of two nodes, an S3 server and a line to it, a disk."""
+"""Places that can fail, for the benchmarks of faults: clusters of two nodes, an S3 server and a line to it, a disk."""
 
 import contextlib
 import os
@@ -33,22 +33,95 @@ def several_nodes(
     """A Ray cluster on this machine, workers with a CPU each: the environment to join it, and its nodes, head first."""
     env = ray_environment()
     port, folder = free_port(), tempfile.mkdtemp(prefix="rc")
-    address = f"127.0.0.1:{port}"
-    common = "--block --object-store-memory=100000000 --node-ip-address=127.0.0.1"
     nodes: list[subprocess.Popen[bytes]] = []
     try:
-        head = f"--head --num-cpus={head_cpus} --port={port} --temp-dir={folder} --include-dashboard=false"
-        head += f" --ray-client-server-port={free_port()}"
-        for options in (head, *[f"--address={address} --num-cpus=1"] * workers):
-            command = [str(BIN / "ray"), "start", *options.split(), *common.split()]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            nodes.append(subprocess.Popen(command, env=env, **quiet))
-            time.sleep(8)
-        yield {**env, "RAY_ADDRESS": address}, nodes
+        nodes.append(_start_head(env, "127.0.0.1", port, folder, head_cpus))
+        for _ in range(workers):
+            nodes.append(_start_node(env, "127.0.0.1", f"--address=127.0.0.1:{port} --num-cpus=1"))
+        yield {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, nodes
     finally:
         for node in nodes:
             end_tree(node.pid)
             node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_head(env: dict[str, str], ip: str, port: int, folder: str, cpus: int) -> subprocess.Popen[bytes]:
+    options = f"--head --num-cpus={cpus} --port={port} --temp-dir={folder} --include-dashboard=false"
+    return _start_node(env, ip, f"{options} --ray-client-server-port={free_port()}")
+
+
+def _start_node(env: dict[str, str], ip: str, options: str, within: str = "") -> subprocess.Popen[bytes]:
+    """Start a node by a command that is given `within` another one, and wait until it should be there."""
+    common = f"--block --object-store-memory=100000000 --node-ip-address={ip}"
+    command = [*within.split(), str(BIN / "ray"), "start", *options.split(), *common.split()]
+    node = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(8)
+    return node
+
+
+class Link:
+    """The cable between this machine and a namespace that is another host to Ray. It needs root.
+
+    The cable's end here is plugged into a bridge: pulled out, packets of both sides vanish without an error, and each
+    still reaches its own address.
+    """
+
+    HERE, THERE = "198.18.77.1", "198.18.77.2"  # of the range for benchmarks, RFC 2544
+
+    def __init__(self) -> None:
+        self.host, self.bridge, self.cable = (f"{kind}{os.getpid()}" for kind in ("host", "br", "cable"))
+        _ip(f"netns add {self.host}")
+        _ip(f"link add {self.bridge} type bridge")
+        _ip(f"address add {self.HERE}/30 dev {self.bridge}")
+        _ip(f"link set {self.bridge} up")
+        _ip(f"link add {self.cable} type veth peer name eth0 netns {self.host}")
+        _ip(f"link set {self.cable} master {self.bridge} up")
+        _ip(f"-n {self.host} address add {self.THERE}/30 dev eth0")
+        for device in ("eth0", "lo"):
+            _ip(f"-n {self.host} link set {device} up")
+
+    def cut(self) -> None:
+        """Pull the cable out."""
+        _ip(f"link set {self.cable} down")
+
+    def mend(self) -> None:
+        """Plug it in again."""
+        _ip(f"link set {self.cable} up")
+
+    def processes_there(self) -> list[int]:
+        """Ids of what runs on the other host."""
+        return [int(pid) for pid in _ip(f"netns pids {self.host}").split()]
+
+    def remove(self) -> None:
+        """Take all of it away; processes there must have ended."""
+        _ip(f"link delete {self.bridge}")
+        _ip(f"netns delete {self.host}")
+
+
+def _ip(command: str) -> str:
+    return subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[dict[str, str], Link]]:
+    """A Ray cluster of two nodes with a CPU each, and the link between them; the environment to join it from here."""
+    env, port, folder = ray_environment(), free_port(), tempfile.mkdtemp(prefix="rc")
+    link, nodes = Link(), []
+    address = f"{link.HERE}:{port}"
+    try:
+        gloo = {"GLOO_SOCKET_IFNAME": link.bridge}  # it would take the one that the machine's name leads to
+        nodes.append(_start_head(env | gloo, link.HERE, port, folder, cpus=1))
+        options, within = f"--address={address} --num-cpus=1", f"ip netns exec {link.host}"
+        nodes.append(_start_node(env | {"GLOO_SOCKET_IFNAME": "eth0"}, link.THERE, options, within))
+        yield {**env, "RAY_ADDRESS": address}, link
+    finally:
+        for node in nodes:
+            end_tree(node.pid)
+            node.wait()
+        for pid in link.processes_there():
+            end_tree(pid)
+        link.remove()
         shutil.rmtree(folder, ignore_errors=True)
 
 

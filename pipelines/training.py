@@ -254,8 +254,10 @@ _PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}
 
 def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result:
     folder = Path(plan.folder)
-    if config.min_workers:  # how long Ray Train waits for a node that died, before it makes do with fewer
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    if config.min_workers:
+        # What Ray Train knows of nodes is up to 20 s old: it tries to start on the one that died, and after this time
+        # counts anew. Nodes that are there give their CPUs within a second; another timeout is only another try.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=plan.model_dump(),
