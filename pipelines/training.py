@@ -1,5 +1,6 @@
 """Instruction rows and a base model in; a LoRA adapter out, trained on any number of workers."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import ray.train
 from pydantic import Field
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -276,7 +278,7 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
                 checkpoint_score_attribute="dev_loss",
                 checkpoint_score_order="min",
             ),
-            callbacks=[LastingErrors()],
+            callbacks=[LastingErrors(), FreshCount()] if config.min_workers else [LastingErrors()],
         ),
     )
     try:
@@ -290,6 +292,18 @@ def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result
         raise StageError(
             f"training failed: {_cause(error)}; the same command goes on from the last checkpoint"
         ) from error
+
+
+class FreshCount(ray.train.UserCallback):
+    """Counts the nodes anew when workers failed. What Ray Train knows of them is up to 20 s old, which no setting
+    changes: it would try to start workers on the node that died until then.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ask Ray's coordinator, which Ray Train asks next, to look."""
+        with contextlib.suppress(ray.exceptions.RayError):  # it would only be slower
+            coordinator = get_or_create_autoscaling_coordinator()
+            ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=5)
 
 
 def _lasts(error: Exception) -> bool:

@@ -44,3 +44,5 @@ def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path
     outcome = chaos.meet(fault, rows, tmp_path, expected)
     assert outcome.worst < 1e-3
     assert outcome.steps_lost <= 2 * chaos.SETTINGS["save_steps"]
+    if fault == "link":
+        assert outcome.seconds < 60  # with Ray's own settings it is more than two minutes
