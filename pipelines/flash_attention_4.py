@@ -1,4 +1,4 @@
-"""FlashAttention 4 on packed examples, where its package is: on Hopper half the time of PyTorch's FlashAttention 2.
+"""FlashAttention 4 on packed examples, where its package is: on Hopper faster than PyTorch's FlashAttention 2.
 
 Operators of our own, as torch.compile cannot look into the package's functions, and torch.nn.attention's registration
 of them is for an earlier beta.
