@@ -5,7 +5,8 @@
     python -m benchmarks.many_streams --stream_minutes 1      # clients ask again when a stream has ended
 
 Each client holds one stream at a time, of an engine without a model that says a token every half second
-(benchmarks/stand_in.py). Memory is resident memory; the slope is a line's through the samples after the first minute (of a run of less than two, after half).
+(benchmarks/stand_in.py). Memory is resident memory; the slope is a line's through the samples
+after the first minute, or after half of a run that is shorter than two.
 """
 
 import argparse

@@ -62,7 +62,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of which vLLM wants its limit to 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 # Compiling for a CPU takes a minute. And a request with a seed whose prompt is read in chunks ends vLLM 0.32 there:
-# "CPU Generator does not use offset". Nearly all memory would become its cache, unless $VLLM_CPU_KVCACHE_SPACE says less.
+# "CPU Generator does not use offset". Its cache would be nearly all memory; $VLLM_CPU_KVCACHE_SPACE overrules this.
 CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": 4 << 30}
 
 log = logging.getLogger(__name__)
