@@ -39,7 +39,7 @@ class Choice(Protocol):
     """Whether it has its finish reason; what the engine still has is not wanted."""
 
     def opening(self) -> list[Json]:
-        """Its parts of a stream that come before the first token."""
+        """Its parts of a stream that come with the first token, before what that makes."""
 
     def push(self, delta: Delta) -> list[Json]:
         """Take a piece in: the parts of a stream that it makes."""
@@ -73,15 +73,18 @@ class Answer(Generic[Body]):
         return self._kind(**self._head, choices=[choice.whole() for choice, _ in self._choices], usage=self._usage())
 
     async def events(self, include_usage: bool) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events. A failure on the way becomes an event too, and ends the stream."""
+        """The answer as server-sent events.
+
+        A failure before the first token is raised; one on the way becomes an event too, and ends the stream.
+        """
         kind = "chat.completion.chunk" if self._kind is ChatCompletion else "text_completion"
         head = {**self._head, "object": kind}
         usage = {"usage": None} if include_usage else {}
-        for choice, _ in self._choices:
-            for part in choice.opening():
-                yield event({**head, "choices": [part], **usage})
+        parts = self._parts()
+        part = await anext(parts)
         try:
-            async with aclosing(self._parts()) as parts:
+            async with aclosing(parts):
+                yield event({**head, "choices": [part], **usage})
                 async for part in parts:
                     yield event({**head, "choices": [part], **usage})
         except Exception as error:
@@ -93,18 +96,20 @@ class Answer(Generic[Body]):
         yield "data: [DONE]\n\n"
 
     async def _parts(self) -> AsyncGenerator[Json, None]:
-        """Parts of all choices, as they come."""
+        """Parts of all choices, as they come; a choice opens with its first token."""
         streams = [self._written(choice, deltas) for choice, deltas in self._choices]
         async with aclosing(_merged(streams) if len(streams) > 1 else streams[0]) as parts:
             async for part in parts:
                 yield part
 
     async def _written(self, choice: Choice, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Json, None]:
+        opening = choice.opening()
         async with aclosing(deltas):
             async for delta in deltas:
                 self._completion_tokens += len(delta.token_ids)
-                for part in choice.push(delta):
+                for part in [*opening, *choice.push(delta)]:
                     yield part
+                opening = []
                 if choice.is_over:
                     return
         raise EngineError("the answer ended without a finish reason")
@@ -118,12 +123,26 @@ class EventStream(StreamingResponse):
     """Server-sent events that are closed, and so cancel what makes them, as soon as the client is gone."""
 
     media_type = "text/event-stream"
-    body_iterator: AsyncGenerator[str, None]
+
+    def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
+        self._rest = rest
+        super().__init__(_chained(first, rest))
+
+    @classmethod
+    async def begun(cls, events: AsyncGenerator[str, None]) -> "EventStream":
+        """The response, once there is a first event: a failure before that has an HTTP status of its own."""
+        return cls(await anext(events), events)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        async with aclosing(self.body_iterator):
+        async with aclosing(self._rest):
             await super().__call__(scope, receive, send)
+
+
+async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    yield first
+    async for each in rest:
+        yield each
 
 
 def event(content: Json) -> str:

@@ -55,7 +55,8 @@ def add_route(
             choices.append((choice, engine.generate(prompt_ids, sampling)))
         answer = Answer(ChatCompletion, body.model, len(prompt_ids), choices)
         if body.stream:
-            return EventStream(answer.events(body.stream_options is not None and body.stream_options.include_usage))
+            has_usage = body.stream_options is not None and body.stream_options.include_usage
+            return await unless_gone(request, EventStream.begun(answer.events(has_usage)))
         return await unless_gone(request, answer.whole())
 
 

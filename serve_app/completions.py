@@ -41,7 +41,8 @@ def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models:
                 choices.append((choice, engine.generate(ids, sampling)))
         answer = Answer(Completion, body.model, sum(map(len, prompts)), choices)
         if body.stream:
-            return EventStream(answer.events(body.stream_options is not None and body.stream_options.include_usage))
+            has_usage = body.stream_options is not None and body.stream_options.include_usage
+            return await unless_gone(request, EventStream.begun(answer.events(has_usage)))
         return await unless_gone(request, answer.whole())
 
 

@@ -128,7 +128,7 @@ def add_route(
         reply = ReplyStream() if reader.prompt_format == "chat" else None
         written = _Answer(body, parts, deltas, reply, body.model or model_name, len(prompt_ids), observe)
         if body.stream:
-            return EventStream(written.events())
+            return await unless_gone(request, EventStream.begun(written.events()))
         return await unless_gone(request, written.whole())
 
 
@@ -167,13 +167,16 @@ class _Answer:
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events: `start`, pieces of `quote` and `answer`, and `done` with the whole.
 
-        A failure on the way becomes an event too, and ends the stream.
+        A failure before the first piece is raised; one on the way becomes an event too, and ends the stream.
         """
-        yield event({"type": "start", **self._head, **self._fit.model_dump()})
+        pieces = self._pieces()
+        piece = await anext(pieces, None)
         try:
-            async with aclosing(self._pieces()) as pieces:
-                async for piece in pieces:
+            async with aclosing(pieces):
+                yield event({"type": "start", **self._head, **self._fit.model_dump()})
+                while piece is not None:
                     yield event({"type": piece.kind, "text": piece.text})
+                    piece = await anext(pieces, None)
             yield event({"type": "done", **self._body().model_dump()})
         except Exception as error:
             log.exception("answer %s broke off", self._head["id"])

@@ -19,7 +19,9 @@ from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.reply import parse_reply
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app.routes import MAX_BODY_BYTES, make_api
+from tests.clockwork import Clockwork
 from tests.http_server import served
+from tests.waiting import wait_for
 
 QUESTION = [{"role": "user", "content": "北京的人口是多少？"}]
 ANSWER_TOKENS = 1500
@@ -321,6 +323,45 @@ def test_a_dying_engine_is_told_in_every_way_a_client_listens(tokenizer):
         assert [next(chunks).choices[0].delta.content for _ in range(2)] == ["", "天"]
         with pytest.raises(openai.APIError, match="the engine died: CUDA error"):
             next(chunks)
+
+
+class StillbornEngine(FailingEngine):
+    """Fails before the first token."""
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        await asyncio.sleep(0.05)
+        raise EngineError("the engine died: CUDA error")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": QUESTION}),
+        ("/v1/chat/completions", {"messages": QUESTION, "n": 2}),
+        ("/v1/completions", {"prompt": "天空"}),
+        ("/v1/answer", {"question": "天空？", "documents": ["天空是蓝色的。"]}),
+    ],
+)
+def test_a_stream_that_fails_before_its_first_token_has_a_status_to_try_again_by(tokenizer, path, fields):
+    with served(make_api(StillbornEngine(), tokenizer, "tiny", "chat")) as url:
+        response = httpx.post(f"{url}{path}", json={"model": "tiny", "stream": True, **fields})
+    assert error_of(response) == (503, None, "engine_error")
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
+def test_a_client_that_goes_away_before_the_first_token_stops_the_generation(tokenizer, stream):
+    engine = Clockwork("蓝", step_s=30)
+    with served(make_api(engine, tokenizer, "tiny", "chat")) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/v1/chat/completions",
+                json={"model": "tiny", "messages": QUESTION, "stream": stream},
+                timeout=0.3,
+            )
+        wait_for(lambda: engine.running == 0, 2)
+    assert len(engine.asked) == 1
 
 
 def test_a_bare_model_is_asked_without_roles_and_its_first_line_is_text(engine, tokenizer):

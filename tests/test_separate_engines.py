@@ -1,5 +1,6 @@
 """Engines in replicas of their own: an answer outlives the engine that began it."""
 
+import json
 import os
 import signal
 import time
@@ -36,6 +37,7 @@ def client(ray_cluster: None, tiny: Path, tmp_path_factory: pytest.TempPathFacto
                 "name": "EngineServer",
                 "num_replicas": 2,
                 "max_ongoing_requests": 2,
+                "max_queued_requests": 20,
                 "ray_actor_options": {"num_cpus": 0.5},
             }
         ],
@@ -132,3 +134,24 @@ def test_clients_that_go_away_free_their_places(client):
     started = time.monotonic()
     ask(client, 2)
     assert time.monotonic() - started < 5  # those 12 would have taken 15
+
+
+def test_a_stream_that_meets_a_full_queue_is_refused_with_a_status(client):
+    def status(number: int) -> tuple[int, str | None]:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": f"{number}"}], "max_tokens": 4000}
+        try:
+            with httpx.stream(
+                "POST", f"{client.base_url}chat/completions", json=body | {"stream": True}, timeout=6
+            ) as got:
+                if got.status_code == 503:
+                    assert json.loads(got.read())["error"]["code"] == "overloaded"
+                time.sleep(3)  # holding the place
+                return got.status_code, got.headers.get("retry-after")
+        except httpx.ReadTimeout:  # it waits in the queue
+            return 0, None
+
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(status, range(40)))
+    assert (200, None) in found
+    assert (503, "1") in found
+    wait_for(lambda: ask(client, 3).choices[0].finish_reason == "length", 20)
