@@ -71,6 +71,13 @@ class Link:
 
     def __init__(self) -> None:
         self.host, self.bridge, self.cable = (f"{kind}{os.getpid()}" for kind in ("host", "br", "cable"))
+        try:
+            self._lay()
+        except subprocess.CalledProcessError:  # no module for bridges, say
+            self.remove()
+            raise
+
+    def _lay(self) -> None:
         _ip(f"netns add {self.host}")
         _ip(f"link add {self.bridge} type bridge")
         _ip(f"address add {self.HERE}/30 dev {self.bridge}")
@@ -95,8 +102,9 @@ class Link:
 
     def remove(self) -> None:
         """Take all of it away; processes there must have ended."""
-        _ip(f"link delete {self.bridge}")
-        _ip(f"netns delete {self.host}")
+        for command in (f"link delete {self.bridge}", f"netns delete {self.host}"):
+            with contextlib.suppress(subprocess.CalledProcessError):  # it was not there yet
+                _ip(command)
 
 
 def _ip(command: str) -> str:
@@ -106,8 +114,8 @@ def _ip(command: str) -> str:
 @contextmanager
 def two_hosts() -> Iterator[tuple[dict[str, str], Link]]:
     """A Ray cluster of two nodes with a CPU each, and the link between them; the environment to join it from here."""
-    env, port, folder = ray_environment(), free_port(), tempfile.mkdtemp(prefix="rc")
     link, nodes = Link(), []
+    env, port, folder = ray_environment(), free_port(), tempfile.mkdtemp(prefix="rc")
     address = f"{link.HERE}:{port}"
     try:
         gloo = {"GLOO_SOCKET_IFNAME": link.bridge}  # it would take the one that the machine's name leads to

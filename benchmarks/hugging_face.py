@@ -94,7 +94,7 @@ def _flash_2(
 
 
 ALL_ATTENTION_FUNCTIONS.register("flash_2_of_torch", _flash_2)
-ATTENTION = {"flex": "flex_attention", "flash": "flash_2_of_torch", "flash4": "flash_attention_4"}
+ATTENTION = {"flex": "flex_attention", "flash": "flash_2_of_torch"}
 
 
 def run_trainer(model: PeftModel, words: list[str], kind: str, tick: Tick) -> None:

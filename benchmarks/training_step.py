@@ -25,7 +25,6 @@ AdamW, no recomputing, in one of these:
                          tell examples apart; sdpa with the mask that transformers makes of them
     hf-packed-8k-flex    the same with flex_attention, which takes a minute to compile
     hf-packed-8k-flash   the same with PyTorch's variable-length flash attention, in place of the package flash-attn
-    hf-packed-8k-flash4  the same with attn_implementation="flash_attention_4", of the package flash-attn-4
 
 Tokens that are padding do not count. The GPU is waited for after each step, as the train stage does; `tokens/s` is the
 median over the timed steps, `low` and `high` their quartiles, `mean` all tokens over all time. `useful` is 4 FLOPs for

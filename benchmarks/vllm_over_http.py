@@ -12,8 +12,8 @@ Where it answers:
 So many requests are sent at once, and the clock stops at the end of the last answer; then the next round. Prompts are
 random ids, 64 to 1,022 of them (log-normal, 640 in the median), none asked twice; answers are greedy and 128 tokens
 long unless the model ends them. The rate is all output tokens over all rounds' time. The wait is from a request's
-sending to its first text, the median over all; vLLM alone counts it from when it takes the request. The first model and
-place of a table are what the last column compares with: places with the same model alone, models with the first.
+sending to its first token, the median over all; vLLM alone counts it from when it takes the request. Two columns
+compare: with the first place, and with the first model.
 """
 
 import argparse
@@ -158,8 +158,7 @@ async def _ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
     sent, waited = time.perf_counter(), 0.0
     async with aclosing(endpoint.events("/v1/completions", body)) as events:
         async for event in events:
-            if event["choices"] and event["choices"][0]["text"]:
-                waited = waited or time.perf_counter() - sent
+            waited = waited or time.perf_counter() - sent  # a stream begins with its first token
             if usage := event.get("usage"):
                 seen.tokens.append(usage["completion_tokens"])
     seen.waits_s.append(waited)
@@ -174,7 +173,7 @@ def main() -> None:
     parser.add_argument("--at_once", nargs="+", type=int, default=[1, 8, 64, 256], help="(default: 1 8 64 256)")
     chosen = parser.parse_args()
     print(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
-    print("| model | place | at once | tokens/s | of the first place | of the first model | first text, ms |")
+    print("| model | place | at once | tokens/s | of the first place | of the first model | first token, ms |")
     print("|---|---|--:|--:|--:|--:|--:|", flush=True)
     found: dict[tuple[Path, str], dict[int, Seen]] = {}
     for model in chosen.models:

@@ -5,7 +5,7 @@ of them is for an earlier beta.
 """
 
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ def is_there(device: torch.device) -> bool:
 
 @cache
 def _is_installed() -> bool:
-    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+    try:
+        return bool(version("flash-attn-4"))  # not its module: flash-attn 2 brings that too, without what it needs
+    except PackageNotFoundError:
+        return False
 
 
 @custom_op("chatglm3::packed_attention", mutates_args=())
@@ -73,7 +76,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    gradients = _flash_attn_bwd(
+    of_query, of_key, of_value, *_ = _flash_attn_bwd(
         *(tensor.contiguous() for tensor in (query, key, value, output, gradient)),
         log_sums,
         softmax_scale=scale,
@@ -83,7 +86,7 @@ def _attend_backward(
         max_seqlen_q=longest,
         max_seqlen_k=longest,
     )
-    return tuple(gradients)
+    return of_query, of_key, of_value
 
 
 @_attend_backward.register_fake

@@ -99,6 +99,6 @@ def _answering(model: PeftModel) -> Iterator[Any]:
 
 def mean_over_workers(points: Tensor, questions: int) -> dict[str, float]:
     """Each worker's sums [METRICS] as the metrics of all `questions`."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:  # a lone worker need not start NCCL for it
         dist.all_reduce(points)
     return {f"dev_{name}": value / questions for name, value in zip(METRICS, points.tolist(), strict=True)}

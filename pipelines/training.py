@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import ray.train
 from pydantic import Field
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -257,8 +256,8 @@ _PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}
 def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result:
     folder = Path(plan.folder)
     if config.min_workers:
-        # What Ray Train knows of nodes is up to 20 s old: it tries to start on the one that died, and after this time
-        # counts anew. Nodes that are there give their CPUs within a second; another timeout is only another try.
+        # A start on a node that is gone is given up sooner. Nodes that are there give their CPUs within a second;
+        # another timeout is only another try.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     trainer = TorchTrainer(
         train_worker,
@@ -301,7 +300,11 @@ class FreshCount(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ask Ray's coordinator, which Ray Train asks next, to look."""
-        with contextlib.suppress(ray.exceptions.RayError):  # it would only be slower
+        with contextlib.suppress(ImportError, ray.exceptions.RayError):  # it would only be slower
+            from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+                get_or_create_autoscaling_coordinator,
+            )
+
             coordinator = get_or_create_autoscaling_coordinator()
             ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=5)
 

@@ -139,6 +139,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+# `rest` is closed by its owner.
 async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     yield first
     async for each in rest:

@@ -59,6 +59,7 @@ def api_error(error: Exception) -> ApiError:
         case RequestError() | ModelError():
             return ApiError(400, str(error))
         case EngineError():
+            log.warning("%s", error)
             # Another try may be answered: clients of OpenAI's API try again on 503.
             return ApiError(503, str(error), code="engine_error", headers={"Retry-After": "1"})
         case _:

@@ -98,16 +98,16 @@ class RemoteEngine:
         answer = self._streams.generate.remote(prompt_ids, sampling)
         assert isinstance(answer, DeploymentResponseGenerator)
         is_complete = False
-        try:
-            with _failures_as_engines():
+        with _failures_as_engines():
+            try:
                 async for item in answer:
                     if not isinstance(item, Delta):
                         raise item
                     is_complete = item.finish_reason is not None
                     yield item
-        finally:
-            if not is_complete:  # the client went away, or the replica is out of reach and may still write
-                answer.cancel()  # type: ignore[no-untyped-call]
+            finally:
+                if not is_complete:  # the client went away, or the replica is out of reach and may still write
+                    answer.cancel()  # type: ignore[no-untyped-call]  # raises what the answer was refused by, again
 
 
 @contextmanager

@@ -136,6 +136,7 @@ def test_evaluations_and_answers_change_no_loss_and_have_nothing_compiled_again(
             assert 0 < dev_loss < 10
             assert 0 <= scores["dev_exact_match"] <= scores["dev_f1"] <= 1
             graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
     assert graphs == graphs[:1] * 6
     near(found, known.losses[: len(found)], RERUN)
 
@@ -152,7 +153,8 @@ def test_layers_stay_compiled_however_often_blocks_outgrow_their_padding(rows: s
             training.evaluate()
             graphs.append(counters["stats"]["unique_graphs"])
             training.padding.tokens *= 2
-    assert len({after - before for before, after in pairwise(graphs)}) == 1
+    [of_each_size] = {after - before for before, after in pairwise(graphs)}
+    assert of_each_size > 0
 
 
 @pytest.mark.parametrize(("base_format", "is_killed"), [("nf4", True), ("fp8", False), ("bf16", False)])

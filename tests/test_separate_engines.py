@@ -138,7 +138,7 @@ def test_clients_that_go_away_free_their_places(client):
 
 def test_a_stream_that_meets_a_full_queue_is_refused_with_a_status(client):
     def status(number: int) -> tuple[int, str | None]:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": f"{number}"}], "max_tokens": 4000}
+        body = {"model": "tiny", "messages": [{"role": "user", "content": f"{number}"}], "max_tokens": 2000}
         try:
             with httpx.stream(
                 "POST", f"{client.base_url}chat/completions", json=body | {"stream": True}, timeout=6
