@@ -46,7 +46,7 @@ Prompts = Sequence[list[int]]
 
 @dataclass
 class Seen:
-    """What came of the requests: seconds of each round, tokens of each answer, seconds to each first text."""
+    """What came of the requests: seconds of each round, tokens of each answer, seconds to each first token."""
 
     rounds_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)

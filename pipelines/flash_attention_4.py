@@ -43,21 +43,14 @@ def attend(
 
     output, log_sums, *_ = _flash_attn_fwd(
         *(tensor.contiguous() for tensor in (query, key, value)),
-        cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scale,
-        causal=True,
+        **_within_examples(boundaries, longest, scale),
         return_lse=True,
     )
     return output, log_sums
 
 
 @attend.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     tokens, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty((heads, tokens), dtype=torch.float32)
 
@@ -79,30 +72,27 @@ def _attend_backward(
     of_query, of_key, of_value, *_ = _flash_attn_bwd(
         *(tensor.contiguous() for tensor in (query, key, value, output, gradient)),
         log_sums,
-        softmax_scale=scale,
-        causal=True,
-        cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        **_within_examples(boundaries, longest, scale),
     )
     return of_query, of_key, of_value
 
 
 @_attend_backward.register_fake
-def _(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sums: Tensor,
-    boundaries: Tensor,
-    longest: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     of_query, of_key, of_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     return of_query, of_key, of_value
+
+
+def _within_examples(boundaries: Tensor, longest: int, scale: float) -> dict[str, Any]:
+    """What both passes are told."""
+    return {
+        "cu_seqlens_q": boundaries,
+        "cu_seqlens_k": boundaries,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "softmax_scale": scale,
+        "causal": True,
+    }
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, float], output: tuple[Tensor, Tensor]) -> None:

@@ -139,8 +139,8 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-# `rest` is closed by its owner.
 async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """One after the other; whoever made `rest` closes it."""
     yield first
     async for each in rest:
         yield each
