@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -79,11 +79,14 @@ def read_receipt(path: str | Path) -> Receipt | None:
 
 
 @contextmanager
-def publish(out: str | Path, receipt: Receipt, resume: str = "") -> Iterator[Path]:
+def publish(
+    out: str | Path, receipt: Receipt, resume: str = "", seal: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
     """A temporary folder to write into; on a clean exit it gets the receipt and becomes `out` by one rename.
 
     After an error nothing is left. A finished folder at `out` is replaced; one of somebody else's is refused. A run
     that is killed or interrupted leaves the folder to the next one with the same `resume`, a digest of what is made.
+    `seal` is called with the folder just before it is renamed, receipt and all.
     """
     out = check_output(out, receipt.stage, receipt.inputs)
     started = time.monotonic()
@@ -103,6 +106,8 @@ def publish(out: str | Path, receipt: Receipt, resume: str = "") -> Iterator[Pat
         receipt.seconds = receipt.seconds or round(time.monotonic() - started, 1)
         text = json.dumps(receipt.__dict__, ensure_ascii=False, indent=2, default=str)
         (partial / RECEIPT).write_text(text + "\n", encoding="utf-8")
+        if seal:
+            seal(partial)
         if out.exists():
             out.rename(partial.with_name(partial.name + OLD))
         partial.rename(out)

@@ -13,7 +13,7 @@ from cluster.errors import StageError
 from pipelines.agreement import MOST_TOKENS, Agreement, shuffled_examples, take
 from pipelines.folding import MergedWeights
 from pipelines.gptq import Calibrated, calibrate
-from pipelines.merge_report import write_merge_report
+from pipelines.merge_report import REPORT, write_merge_report
 from pipelines.model_folders import ModelFolder
 from pipelines.yardstick import Yardstick, in_memory, live_model, load_on_device
 
@@ -95,7 +95,7 @@ def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardsti
         yardstick.measure("merged, bf16", in_memory(weights))
     final = yardstick.measure(f"merged, {config.format}", load_on_device(folder))
     limits = {"kl": config.max_kl, "top1": config.min_top1}
-    write_merge_report(folder / "report.html", yardstick.results, yardstick.tokens, limits, config.model_dump())
+    write_merge_report(folder / REPORT, yardstick.results, yardstick.tokens, limits, config.model_dump())
     _hold_to_limits(final, config, yardstick)
     print(f"merge: beside {yardstick.reference_name}: KL {final.kl:.4f}, same next token {final.top1:.1%}")
     return {"kl": round(final.kl, 6), "top1": round(final.top1, 4), "loss": round(final.loss, 4)}

@@ -7,6 +7,8 @@ from typing import Any
 from pipelines.agreement import Agreement
 from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
 
+REPORT = "report.html"
+
 
 def write_merge_report(
     file: Path, results: Mapping[str, Agreement], tokens: int, limits: Mapping[str, float], settings: Mapping[str, Any]

@@ -17,11 +17,13 @@ from chatglm3.auto_tokenizer import write_auto_tokenizer
 from chatglm3.chat import TOOLS_CONTENT, PromptFormat
 from cluster import storage
 from cluster.config import Config
+from pipelines.checksums import SUMS, verify, write_sums
 from pipelines.folding import MergedWeights, Onto
 from pipelines.gptq import Calibrated
 from pipelines.merge_inputs import make_facts, open_base, told_by_all
 from pipelines.merge_measures import calibration, calibration_rows, make_yardstick, measure
-from pipelines.model_card import verify, write_card, write_sums
+from pipelines.merge_report import REPORT
+from pipelines.model_card import write_card
 from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weight_files import write_weights
 from pipelines.weight_formats import QUANTISE, WeightFormat, is_quantised, quantization_config
@@ -100,7 +102,9 @@ def merge(config: MergeConfig) -> str:
     paths = [base.path, *map(Path, config.adapters)]
     inputs = {str(path): folder_digest(path) for path in paths}
     receipt = storage.receipt_of("merge", config, inputs=inputs, facts=make_facts(config, base, told))
-    with storage.publish(config.out, receipt, _digest(config, base, inputs)) as folder:
+    with storage.publish(config.out, receipt, _digest(config, base, inputs), write_sums) as folder:
+        for name in (REPORT, SUMS, storage.RECEIPT):  # of a run that was killed when its weights were written
+            (folder / name).unlink(missing_ok=True)
         write_companions(base.path, folder)
         yardstick = make_yardstick(config, base, receipt.facts["prompt_format"])
         weights = _write_best(folder, base, config, receipt.facts, yardstick)
@@ -109,7 +113,7 @@ def merge(config: MergeConfig) -> str:
         if yardstick:
             receipt.counts |= measure(folder, weights, config, yardstick)
         write_card(folder, receipt.facts, config.model_dump(), yardstick.results if yardstick else {})
-        receipt.counts["bytes"] = write_sums(folder)
+        receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     names = " + ".join(name if factor == 1 else f"{factor} x {name}" for name, factor in config.adapters.items())
     what = f"{names} folded into {base.name}" if names else f"{base.name} converted"
     size = f"{receipt.counts['bytes'] / 1e6:,.1f} MB"

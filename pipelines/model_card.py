@@ -1,14 +1,10 @@
-"""What a merged model says of itself: README.md for people, SHA256SUMS for `sha256sum --check` and `merge --verify`."""
+"""What a merged model says of itself: README.md."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster import storage
-from cluster.errors import StageError
 from pipelines.agreement import Agreement
-
-SUMS = "SHA256SUMS"
 
 
 def write_card(
@@ -29,29 +25,6 @@ def write_card(
     scores = "".join(f"| {name} | {r.kl:.5f} | {r.top1:.2%} | {r.loss:.4f} |\n" for name, r in results.items())
     measured = f"{_SCORES}{scores}" if results else "Not measured: `merge --measure true` does it.\n"
     (folder / "README.md").write_text(f"{_HEAD}{rows}\n## Agreement\n\n{measured}\n{_USE}", encoding="utf-8")
-
-
-def write_sums(folder: Path) -> int:
-    """Write the checksums of every file in the folder so far; returns their bytes."""
-    # A run that was killed just before its folder was renamed leaves a receipt, which is written anew after this.
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (SUMS, storage.RECEIPT))
-    text = "".join(f"{storage.file_digest(path)}  {path.name}\n" for path in files)
-    (folder / SUMS).write_text(text, encoding="utf-8")
-    return sum(path.stat().st_size for path in files)
-
-
-def verify(folder: Path) -> int:
-    """Check a folder against its SHA256SUMS; returns how many files are right. StageError names those that are not."""
-    file = folder / SUMS
-    if not file.is_file():
-        raise StageError(f"--verify {folder} holds no {SUMS}: merge writes it into every model folder")
-    sums = dict(reversed(line.split("  ", 1)) for line in file.read_text(encoding="utf-8").splitlines())
-    absent = [name for name in sums if not (folder / name).is_file()]
-    changed = [name for name in sums if name not in absent and storage.file_digest(folder / name) != sums[name]]
-    if absent or changed:
-        faults = [f"{name} is missing" for name in absent] + [f"{name} has changed" for name in changed]
-        raise StageError(f"--verify {folder}: {'; '.join(faults)}; copy the folder again, or merge again")
-    return len(sums)
 
 
 _HEAD = """\

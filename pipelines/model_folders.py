@@ -92,9 +92,16 @@ def open_model(reference: str, flag: str) -> ModelFolder:
 
 
 def folder_digest(path: Path) -> str:
-    """sha256 that stands for a model's or an adapter's folder: of its receipt, or of its configuration without one."""
-    names = (storage.RECEIPT, "adapter_config.json", "config.json")
-    return storage.file_digest(next(path / name for name in names if (path / name).is_file()))
+    """sha256 that stands for a model's or an adapter's folder: of its receipt, which pins what it was made from.
+
+    Without one, of a model's configuration, or of an adapter's configuration and weights.
+    """
+    if (path / storage.RECEIPT).is_file():
+        return storage.file_digest(path / storage.RECEIPT)
+    if (path / "config.json").is_file():
+        return storage.file_digest(path / "config.json")
+    files = sorted(path.glob("adapter_*"))
+    return hashlib.sha256("".join(f"{file.name} {storage.file_digest(file)}\n" for file in files).encode()).hexdigest()
 
 
 def warn_of_other_wording(model: ModelFolder, digest: str = "", whose: str = "this version's") -> None:

@@ -18,10 +18,10 @@ import torch
 from chatglm3 import load_model
 from cluster import storage
 from pipelines import weight_files
+from pipelines.checksums import SUMS, verify
 from pipelines.folding import folded
 from pipelines.merging import MergeConfig, merge
-from pipelines.model_card import SUMS, verify
-from tests.merge_inputs import demo_rows, tuned_tiny
+from tests.merge_inputs import demo_rows, tuned_adapter, tuned_tiny
 
 FILE_BYTES = 1_000_000  # the tiny model's weights in eight files, to be killed between two
 KILLS = 5  # of each format
@@ -72,10 +72,11 @@ def timed(out: Path, *flags: str) -> tuple[float, float]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file, of the receipt all but its seconds."""
+    """Every file, but for the receipt's seconds and its checksum."""
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     receipt = json.loads(files[storage.RECEIPT])
-    return files | {storage.RECEIPT: json.dumps(receipt | {"seconds": 0}).encode()}
+    sums = [line for line in files[SUMS].splitlines() if not line.endswith(storage.RECEIPT.encode())]
+    return files | {storage.RECEIPT: json.dumps(receipt | {"seconds": 0}).encode(), SUMS: b"\n".join(sums)}
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "w4a16"])
@@ -100,7 +101,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_model_or_none_and_the_same_command_
         process.join()
         exit_codes.append(process.exitcode)
         if out.exists():
-            assert verify(out) == len(undisturbed) - 2  # all but the receipt and the checksums themselves
+            assert verify(out) == len(undisturbed) - 1  # all but the checksums themselves
             assert content(out) == undisturbed
         finish(*flags)
         assert content(out) == undisturbed
@@ -139,6 +140,25 @@ def test_a_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not
     assert load_model(out).is_loaded_in_4bit
 
 
+def test_a_merge_does_not_go_on_with_another_adapter_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """PEFT writes no receipt that would tell them apart."""
+    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", FILE_BYTES)
+    tuned_adapter("tiny", tmp_path / "adapter", std=0.2)
+    adapter, out = str(tmp_path / "adapter"), tmp_path / "out/model"
+    config = MergeConfig(adapter=adapter, base="tiny", prompt_format="chat", measure=False, out=str(out))
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("pipelines.merging.write_card", interrupt)
+        merge(config)
+    tuned_adapter("tiny", tmp_path / "adapter", std=0.1)
+    merge(config)
+    undisturbed = merge(config.model_copy(update={"out": str(tmp_path / "undisturbed")}))
+    assert weights_of(out) == weights_of(Path(undisturbed))
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
 def test_a_merge_whose_weights_are_all_written_is_not_calibrated_again(
     adapter: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -151,7 +171,7 @@ def test_a_merge_whose_weights_are_all_written_is_not_calibrated_again(
     monkeypatch.setattr("pipelines.merge_measures.calibrate", interrupt)
     out = Path(merge(config))
     assert merge(MergeConfig(verify=str(out))) == str(out)
-    assert storage.RECEIPT not in (out / SUMS).read_text()
+    assert (out / SUMS).read_text().count(storage.RECEIPT) == 1
 
 
 def interrupt(*_: Any) -> None:

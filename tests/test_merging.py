@@ -415,10 +415,29 @@ def test_a_changed_file_is_found_by_its_checksum(tmp_path: Path, capsys: pytest.
         file.seek(10_000)
         file.write(b"\xff")
     Path(out, "tokenizer.json").unlink()
-    with pytest.raises(
-        StageError, match=r"tokenizer.json is missing; model.safetensors has changed; copy the folder again"
-    ):
+    Path(out, "receipt.json").write_text("{}")
+    Path(out, "modeling.py").write_text("")
+    with pytest.raises(StageError) as error:
         merge(MergeConfig(verify=out))
+    assert str(error.value) == (
+        f"--verify {out}: model.safetensors has changed; receipt.json has changed; tokenizer.json is missing; "
+        f"modeling.py is not from merge; copy the folder again, or merge again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"SHA256SUMS is empty; copy the folder again"),
+        ("what\n", r"SHA256SUMS, line 1 is not a checksum and the name of a file here"),
+        (f"{'0' * 64}  ../../etc/passwd\n", r"SHA256SUMS, line 1 is not a checksum and the name of a file here"),
+        (f"{'0' * 64}  ..\n", r"SHA256SUMS, line 1 is not a checksum and the name of a file here"),
+    ],
+)
+def test_checksums_that_merge_did_not_write_prove_nothing(text: str, message: str, tmp_path: Path):
+    (tmp_path / "SHA256SUMS").write_text(text)
+    with pytest.raises(StageError, match=message):
+        merge(MergeConfig(verify=str(tmp_path)))
 
 
 def test_the_folder_needs_none_of_our_code(tmp_path: Path):
