@@ -32,6 +32,7 @@ class StandIn:
 
     healthy = True
     context_length = 8192
+    max_batch = 1000
     adapters = AdapterFolders()
 
     def __init__(self, tokens_per_s: float) -> None:

@@ -165,6 +165,8 @@ class Engine(Protocol):
 
     context_length: int
     """Most tokens of prompt and answer together."""
+    max_batch: int
+    """Most prompts that it answers at a time; others wait."""
     adapters: AdapterFolders
     """LoRA adapters that it can load."""
 

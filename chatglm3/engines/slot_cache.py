@@ -17,9 +17,21 @@ class SlotCache:
     """
 
     def __init__(self, num_layers: int, num_rows: int, max_length: int) -> None:
+        self.num_rows = num_rows
         self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-        self._num_rows = num_rows
         self._max_length = max_length
+
+    @property
+    def capacity(self) -> int:
+        """Positions that it has memory for; when this has changed, so has the memory."""
+        return min(layer[0].shape[2] if layer else 0 for layer in self._layers)
+
+    def room_for(self, length: int) -> int:
+        """The capacity that so many positions need."""
+        room = _BLOCK
+        while room < length:
+            room *= 2
+        return min(room, self._max_length)
 
     def aim(self, first_row: int, positions: torch.Tensor, length: int) -> None:
         """Let the next pass write `positions` [B, T] of rows first_row.. and read those rows' first `length`."""
@@ -60,11 +72,7 @@ class SlotCache:
 
     def _grown(self, new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
         """`old` with room for the aimed length; in zeros, since unused memory may hold NaN."""
-        capacity = old.shape[2] if old is not None else _BLOCK
-        while capacity < self._length:
-            capacity *= 2
-        shape = (self._num_rows, new.shape[1], min(capacity, self._max_length), new.shape[3])
-        grown = new.new_zeros(shape)
+        grown = new.new_zeros(self.num_rows, new.shape[1], self.room_for(self._length), new.shape[3])
         if old is not None:
             grown[:, :, : old.shape[2]] = old
         return grown

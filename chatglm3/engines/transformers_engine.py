@@ -33,6 +33,7 @@ from chatglm3.engines import (
     TokenLogprob,
     UnknownAdapter,
 )
+from chatglm3.engines.decode_graphs import Capture, DecodeGraphs, cuda_capture
 from chatglm3.engines.guide import GuideCompiler, raise_if_stuck
 from chatglm3.engines.request_check import check_request
 from chatglm3.engines.row_adapters import Adapter, RowAdapters
@@ -43,6 +44,7 @@ from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
 
 PROMPT_CHUNK = 512  # prompt tokens read between two passes of the running requests
 CACHE_BYTES = 8 * 2**30  # of keys and values at full length: 36 rows of ChatGLM3-6B's 8,192 positions
+CACHE_SHARE = 0.7  # of the GPU's memory that the model leaves; activations have the rest
 
 Failure = EngineError | RequestError
 
@@ -58,13 +60,19 @@ def load(
     on_fatal: Callable[[], object] | None,
 ) -> "TransformersEngine":
     """The engine over the model and tokenizer in `folder`, on the first GPU if there is one."""
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda:0" else "float32"
-    model = load_model(folder, dtype=getattr(torch, dtype), device_map=device)
-    log.info("transformers engine: %s on %s in %s", folder, device, dtype)
-    tokenizer = load_tokenizer(folder)
-    return TransformersEngine(model, tokenizer, max_batch=max_batch, adapters=adapters, on_fatal=on_fatal)
+        dtype = "bfloat16" if on_gpu else "float32"
+    model = load_model(folder, dtype=getattr(torch, dtype), device_map="cuda:0" if on_gpu else "cpu")
+    log.info("transformers engine: %s on %s in %s", folder, model.device, dtype)
+    return TransformersEngine(
+        model,
+        load_tokenizer(folder),
+        max_batch=max_batch,
+        adapters=adapters,
+        on_fatal=on_fatal,
+        capture=_capture(model),
+    )
 
 
 @dataclass(eq=False)
@@ -115,7 +123,9 @@ class TransformersEngine:
         max_batch: int = 32,
         adapters: AdapterFolders | None = None,
         on_fatal: Callable[[], object] | None = None,
+        capture: Capture | None = None,
     ) -> None:
+        """`capture` makes graphs of the passes that move rows without adapters one token on."""
         model.set_attn_implementation(ATTENTION)
         config = model.config
         self.context_length: int = config.max_position_embeddings
@@ -127,8 +137,9 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._guides = GuideCompiler(tokenizer)
         row_bytes = position_bytes(model) * self.context_length
-        self._max_batch = max(1, min(max_batch, CACHE_BYTES // row_bytes))
-        self._cache = SlotCache(config.num_hidden_layers, self._max_batch, self.context_length)
+        self.max_batch = max(1, min(max_batch, _cache_bytes(model.device) // row_bytes))
+        self._cache = SlotCache(config.num_hidden_layers, self.max_batch, self.context_length)
+        self._graphs = DecodeGraphs(self._pass, self._cache, model.device, capture) if capture else None
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()
         self._waiting: deque[_Request] = deque()
         self._reading: deque[_Request] = deque()
@@ -152,7 +163,7 @@ class TransformersEngine:
             running=len(running),
             waiting=len(waiting) + self._arrivals.qsize(),
             waiting_tokens=sum(len(request.ids) - request.cached for request in (*running, *waiting)),
-            cache_use=cached / (self._max_batch * self.context_length),
+            cache_use=cached / (self.max_batch * self.context_length),
         )
 
     async def prepare(self, sampling: Sampling) -> None:
@@ -239,7 +250,7 @@ class TransformersEngine:
 
     def _admit(self) -> None:
         """Give free rows to waiting requests, first come, first served."""
-        while self._waiting and len(self.running) < self._max_batch:
+        while self._waiting and len(self.running) < self.max_batch:
             request = self._waiting.popleft()
             if not request.ended:
                 self._cache.erase(len(self.running))
@@ -265,7 +276,7 @@ class TransformersEngine:
 
     def _advance(self) -> None:
         """Read one id of every request; those that have read all of theirs draw the next token."""
-        states = self._forward(0, [[r.ids[r.cached]] for r in self.running], [r.cached for r in self.running])
+        states = self._one_token_on([r.ids[r.cached] for r in self.running], [r.cached for r in self.running])
         for request in self.running:
             request.cached += 1
         rows = [row for row, request in enumerate(self.running) if request.cached == len(request.ids)]
@@ -282,19 +293,30 @@ class TransformersEngine:
         for request, token, its_logprobs in zip(ready, tokens, logprobs, strict=True):
             self._answer(request, token, its_logprobs)
 
+    def _one_token_on(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Run an id of every row: their final states [B, 1, hidden]."""
+        if self._graphs is None or any(request.adapter for request in self.running):
+            return self._forward(0, [[token] for token in ids], positions)
+        if self._row_adapters is not None:
+            self._row_adapters.aim([])
+        return self._graphs.states(ids, positions)
+
     def _forward(self, first_row: int, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
         """Run ids [B, T] of rows first_row.. at positions starts[b]..: their final states [B, T, hidden]."""
         device = self._model.device
         width = len(ids[0])
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-        length = max(starts) + width
-        self._cache.aim(first_row, positions, length)
         if self._row_adapters is not None:
             self._row_adapters.aim([request.adapter for request in self.running[first_row : first_row + len(ids)]])
+        return self._pass(torch.tensor(ids, device=device), positions, max(starts) + width, first_row)
+
+    def _pass(self, ids: torch.Tensor, positions: torch.Tensor, length: int, first_row: int = 0) -> torch.Tensor:
+        """Run ids [B, T] of rows first_row.., which see the first `length` positions: their states [B, T, hidden]."""
+        self._cache.aim(first_row, positions, length)
         # [B, 1, T, length]: a position sees itself and those before it.
-        visible = torch.arange(length, device=device) <= positions[:, None, :, None]
+        visible = torch.arange(length, device=ids.device) <= positions[:, None, :, None]
         outputs = self._model.model(
-            input_ids=torch.tensor(ids, device=device),
+            input_ids=ids,
             position_ids=positions,
             attention_mask=visible,
             past_key_values=self._cache,
@@ -352,3 +374,16 @@ class TransformersEngine:
         self.running.clear()
         for request in requests:
             request.send(EngineDied(reason))
+
+
+def _capture(model: GlmForCausalLM) -> Capture | None:
+    # bitsandbytes' int8 asks the GPU which columns hold outliers, and a graph cannot wait for an answer.
+    waits = getattr(model, "is_loaded_in_8bit", False)
+    return cuda_capture() if model.device.type == "cuda" and not waits else None
+
+
+def _cache_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(CACHE_BYTES, int(CACHE_SHARE * free))

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import tempfile
+import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -65,6 +66,11 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2,
 # "CPU Generator does not use offset". Its cache would be nearly all memory; $VLLM_CPU_KVCACHE_SPACE overrules this.
 CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": 4 << 30}
 
+# A process that writes to many streams must not use up its one core: each event costs about 0.15 ms, however
+# many tokens it holds. So 256 streams get at most ten events a second each, one stream as many as there are tokens.
+PAUSE_PER_STREAM_S = 0.0004
+WATCH_S = 0.1  # between two looks at whether vLLM's process still runs
+
 log = logging.getLogger(__name__)
 
 
@@ -109,9 +115,10 @@ class VllmEngine:
         self._loaded: dict[tuple[Path, int], LoRARequest] = {}
         self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
-        self._on_fatal = on_fatal
+        self._streams = 0
         self.adapters = adapters or AdapterFolders()
         self.context_length: int = self._config.max_position_embeddings
+        self.max_batch = max_batch
         arguments = engine_arguments(
             folder, dtype=dtype, max_batch=max_batch, speculate=speculate, tensor_parallel=tensor_parallel
         )
@@ -120,6 +127,9 @@ class VllmEngine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[lambda *_: self._stats])
         except Exception as error:
             raise ModelError(f"{folder}: vLLM cannot run it ({_line(error)}); engine=transformers can") from error
+        self._closed = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(on_fatal,), name="vllm-watch", daemon=True)
+        watch.start()
 
     @property
     def healthy(self) -> bool:
@@ -146,6 +156,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's process; requests under way get EngineDied."""
+        self._closed.set()
         self._llm.shutdown(timeout=0)
         self._converted.cleanup()
 
@@ -153,6 +164,7 @@ class VllmEngine:
         lora = await self._prepared(sampling)
         text = TextStream(self._tokenizer, sampling.stop)
         text.push(sampling.drawn)
+        self._streams += 1
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
@@ -166,15 +178,24 @@ class VllmEngine:
                     yield delta
                     if delta.finish_reason:
                         return
+                    await asyncio.sleep(PAUSE_PER_STREAM_S * self._streams)  # vLLM joins what comes meanwhile
         except VLLMClientError as error:
             raise RequestError(_line(error)) from error
         except EngineDeadError as error:
-            log.critical("vLLM's process died; this one should end")
-            if self._on_fatal is not None:
-                self._on_fatal()
             raise EngineDied("the engine died") from error
         except EngineGenerateError as error:
             raise EngineError(f"this request failed: {_line(error.__cause__ or error)}") from error
+        finally:
+            self._streams -= 1
+
+    def _watch(self, on_fatal: Callable[[], object] | None) -> None:
+        """Tell of the death of vLLM's process, also when nobody asks it anything."""
+        while not self._closed.wait(WATCH_S):
+            if self._llm.errored:
+                log.critical("vLLM's process died; this one should end")
+                if on_fatal is not None:
+                    on_fatal()
+                return
 
     def _delta(self, output: CompletionOutput, text: TextStream, num_top: int) -> Delta:
         """The piece of the answer that these tokens make, up to a stop token or text among them."""

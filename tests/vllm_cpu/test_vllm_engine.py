@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -255,19 +256,29 @@ def test_an_official_download_is_refused_with_the_remedy(tiny: Path):
         load_engine("vllm", tiny)
 
 
-def test_a_killed_process_fails_its_requests_and_calls_for_the_end(run: Run, folder: Path, prompts: list[list[int]]):
-    ends: list[str] = []
-    engine = load_engine("vllm", folder, dtype="float32", on_fatal=lambda: ends.append("end"))
+def kill_vllm() -> None:
+    for child in psutil.Process().children():
+        if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
+            os.kill(child.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_killed_process_fails_its_requests_and_calls_for_the_end(
+    run: Run, folder: Path, prompts: list[list[int]], is_busy: bool
+):
+    end = threading.Event()
+    engine = load_engine("vllm", folder, dtype="float32", on_fatal=end.set)
 
     async def killed() -> None:
         async for _ in engine.generate(prompts[0], ENDLESS):
-            for child in psutil.Process().children():
-                if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
-                    os.kill(child.pid, signal.SIGKILL)
+            kill_vllm()
 
-    with pytest.raises(EngineError):
-        run(killed())
-    assert ends == ["end"]
+    if is_busy:
+        with pytest.raises(EngineError):
+            run(killed())
+    else:
+        kill_vllm()
+    assert end.wait(10)
     assert not engine.healthy
     with pytest.raises(EngineError):
         engine.generate(prompts[0], GREEDY)
