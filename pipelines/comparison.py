@@ -9,7 +9,8 @@ from pipelines.metrics import Array, Points, Score, points_of, resampled_sums, v
 
 SWAPS = 5000
 SIGNIFICANT = 0.05
-FEWEST_ROWS = 30  # below it a bootstrap interval is too narrow to be compared with another one; it may have no width
+FEWEST_ROWS = 30
+"""Fewer do not show that a model is as good: their interval is too narrow, and a large difference may be chance."""
 
 
 @dataclass(frozen=True)

@@ -98,19 +98,24 @@ def judge(
     """Hold a model's points, one a row, and its scores against the earlier ones."""
     if earlier.points:
         common = sorted(earlier.points)
-        found = compare([points[index] for index in common], [earlier.points[index] for index in common])
-        left_out = {name: "one of them has no row for it" for name in gated if name not in found}
-        return Verdict(earlier.model, len(common), {name: found[name] for name in gated if name in found}, left_out)
-    found, left_out = {}, {}
+        paired = compare([points[index] for index in common], [earlier.points[index] for index in common])
+        return _verdict(earlier, len(common), paired, gated)
+    both = [name for name in gated if name in scores and name in earlier.scores]
+    by_interval = {name: compare_scores(scores[name], earlier.scores[name]) for name in both}
+    return _verdict(earlier, 0, by_interval, gated)
+
+
+def _verdict(earlier: Earlier, rows: int, found: Mapping[str, Difference], gated: Sequence[str]) -> Verdict:
+    """Few rows can show that a model is worse (in pairs, whose test holds for any number), but not that it is not."""
+    differences, left_out = {}, {}
     for name in gated:
-        new, old = scores.get(name), earlier.scores.get(name)
-        if not new or not old:
+        if name not in found:
             left_out[name] = "one of them has no row for it"
-        elif min(new.n, old.n) < FEWEST_ROWS:
-            left_out[name] = f"its {min(new.n, old.n)} rows are too few to compare intervals"
+        elif found[name].n >= FEWEST_ROWS or (rows and found[name].is_worse):
+            differences[name] = found[name]
         else:
-            found[name] = compare_scores(new, old)
-    return Verdict(earlier.model, 0, found, left_out)
+            left_out[name] = f"its {found[name].n} rows are too few to tell"
+    return Verdict(earlier.model, rows, differences, left_out)
 
 
 _REMEDY = "give the folder of an earlier evaluate, or its scores.json"

@@ -101,19 +101,19 @@ def test_a_gate_ends_the_stage_with_the_folder_written_when_the_model_has_become
 ):
     """The second model is the first one cut off after four tokens."""
     known = {"instruction": "你好", "output": HELLO}
-    data = prepared(tmp_path / "data", [known | {"id": str(number)} for number in range(12)])
+    data = prepared(tmp_path / "data", [known | {"id": str(number)} for number in range(30)])
     config = EvaluateConfig(model=str(model), data=data, out=str(tmp_path / "first"), max_tokens=24, use_gpu=False)
     first = evaluate(config)
     assert "gate" not in json.loads(Path(first, "scores.json").read_text())
     again = config.model_copy(update={"out": str(tmp_path / "again"), "gate": f"{first}/scores.json"})
     evaluate(again)
-    assert f"gate passed: {model} is not worse than {model} on the same 12 rows" in capsys.readouterr().out
+    assert f"gate passed: {model} is not worse than {model} on the same 30 rows" in capsys.readouterr().out
     assert storage.open_folder(tmp_path / "again", "evaluate").receipt.facts == {"gate_passed": True}
 
     worse = again.model_copy(update={"out": str(tmp_path / "worse"), "gate": first, "max_tokens": 4})
     with pytest.raises(StageError, match=r"is worse than .*exact_match -100.0 points \(100.0 to 0.0; 95 % ") as error:
         evaluate(worse)
-    assert str(error.value).startswith(f"--gate {first}: {model} is worse than {model} on the same 12 rows: ")
+    assert str(error.value).startswith(f"--gate {first}: {model} is worse than {model} on the same 30 rows: ")
     assert str(error.value).endswith(f"; look at {tmp_path}/worse/report.html")
     assert "\n" not in str(error.value)
     folder = storage.open_folder(tmp_path / "worse", "evaluate")

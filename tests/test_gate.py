@@ -82,6 +82,17 @@ def test_a_gate_that_can_compare_nothing_does_not_pass(tmp_path: Path) -> None:
     assert str(verdict).startswith("not to be compared with old; exact_match is left out (its 20 rows are too few")
 
 
+def test_few_rows_in_pairs_can_fail_a_model_but_not_pass_it(tmp_path: Path) -> None:
+    """Of five rows that all got worse, the test's p is 1/16 at best."""
+    five = judged(evaluated(tmp_path / "five", ROWS[:5], replies(5)[:5]), 0, ROWS[:5])
+    assert not five.passed
+    assert str(five).startswith("not to be compared with old; exact_match is left out (its 5 rows are too few to tell)")
+    assert not judged(evaluated(tmp_path / "same", ROWS[:20], replies(20)[:20]), 20, ROWS[:20]).passed
+    worse = judged(evaluated(tmp_path / "twenty", ROWS[:20], replies(20)[:20]), 5, ROWS[:20])
+    assert not worse.passed
+    assert "exact_match" in worse.worse
+
+
 def broken(folder: Path, name: str) -> str:
     """A reference that cannot be used, in the way that its name says."""
     other = [row | {"instruction": f"{row['instruction']}？"} for row in ROWS]
