@@ -33,6 +33,9 @@ class FrontArgs(BaseModel):
     """Requests of each key that has no limit of its own in the file; 0 is no limit."""
     tokens_per_minute: int = Field(0, ge=0)
     """Tokens, read and written, of each key that has no limit of its own; 0 is no limit."""
+    answers_at_once: int = Field(0, ge=0)
+    """Answers of each key without a limit of its own that are written at a time in one replica; 0 is no limit. With
+    half of max_batch, nobody's long answers keep others from theirs."""
     max_inflight: int = Field(0, ge=0)
     """Most requests in this process; beyond it 503 at once. 0 leaves it to the deployment's max_ongoing_requests."""
     max_body_bytes: int = Field(2**20, ge=1)
@@ -65,7 +68,8 @@ def install(
     StageError if a file that `args` names cannot be used.
     """
     open_paths = {"/", "/healthz", *(["/metrics"] if args.metrics == "open" else [])}
-    keys = KeyFile(args.api_keys, Limits(args.requests_per_minute, args.tokens_per_minute)) if args.api_keys else None
+    limits = Limits(args.requests_per_minute, args.tokens_per_minute, args.answers_at_once)
+    keys = KeyFile(args.api_keys, limits) if args.api_keys else None
     # The last one added is the outermost: a browser's preflight has no key, and everything is taken down.
     api.add_middleware(
         Guard,

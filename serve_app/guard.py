@@ -44,7 +44,8 @@ class Guard:
         record = current.get() or RequestRecord("")
         try:
             key = self._authenticated(scope)
-            record.key = key.name if key else ""
+            if key:
+                record.key, record.answers_at_once = key.name, key.limits.answers_at_once
             with self._place():
                 # Only what asks the model to write counts; a scrape of /metrics must not use up anything.
                 await self._counted(key if scope["method"] == "POST" else None, scope, receive, send, record)

@@ -26,10 +26,13 @@ class KeysConfig(Config):
     """Requests the key may make; 0 is what the server gives to keys without a limit of their own."""
     tokens_per_minute: int = Field(0, ge=0)
     """Tokens it may use, read and written together; 0 as above."""
+    answers_at_once: int = Field(0, ge=0)
+    """Answers it may have written at a time in one replica; 0 as above."""
 
 
 def make_key(config: KeysConfig) -> None:
     """Print a new key to stdout."""
-    key = add_key(Path(config.file), config.name, Limits(config.requests_per_minute, config.tokens_per_minute))
+    limits = Limits(config.requests_per_minute, config.tokens_per_minute, config.answers_at_once)
+    key = add_key(Path(config.file), config.name, limits)
     print(f"{config.name}'s key, which cannot be shown again; its hash is in {config.file}:", file=sys.stderr)
     print(key)

@@ -1,6 +1,7 @@
 """API keys: a file of names, hashes and limits, read again when it changes. The keys themselves are never stored.
 
-A line a key: `NAME SHA256 [requests_per_minute=N] [tokens_per_minute=N]`; a line that begins with # is a comment.
+A line a key: `NAME SHA256 [requests_per_minute=N] [tokens_per_minute=N] [answers_at_once=N]`; a line that begins with #
+is a comment.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from cluster.errors import StageError
@@ -19,7 +20,6 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 1.0
 _NAME = re.compile(r"[\w.@-]{1,64}")
-_LIMIT = re.compile(r"(requests_per_minute|tokens_per_minute)=(\d{1,12})")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Limits:
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     """Of prompts and answers together."""
+    answers_at_once: int = 0
+    """Written at the same time in one replica; each of a request's choices is one."""
+
+
+_LIMIT = re.compile(rf"({'|'.join(field.name for field in fields(Limits))})=(\d{{1,12}})")
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,6 @@ def _key(line: str, where: str, limits: Limits) -> Key:
     own = {}
     for word in rest:
         if not (limit := _LIMIT.fullmatch(word)):
-            raise StageError(f"{where}: {word!r} is no limit; use requests_per_minute=N or tokens_per_minute=N")
+            raise StageError(f"{where}: {word!r} is no limit; use one of {'=N, '.join(vars(limits))}=N")
         own[limit[1]] = int(limit[2])
     return Key(name, digest, replace(limits, **own))

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from chatglm3.engines import Delta, Engine, Load, PromptTooLong, Sampling
 from serve_app import metrics
 from serve_app.metrics import Metrics
+from serve_app.places import Places
 from serve_app.request_record import RequestRecord, current
 
 
@@ -18,7 +19,9 @@ class MeteredEngine:
         self._engine = engine
         self._metrics = measured
         self._max_prompt_tokens = max_prompt_tokens
+        self._places = Places(engine.max_batch)
         self.context_length = engine.context_length
+        self.max_batch = engine.max_batch
         self.adapters = engine.adapters
 
     @property
@@ -51,10 +54,10 @@ class MeteredEngine:
     async def _measured(
         self, deltas: AsyncGenerator[Delta, None], record: RequestRecord
     ) -> AsyncGenerator[Delta, None]:
-        started = last = time.perf_counter()
-        ending, first, model = "abort", True, record.model
-        try:
-            async with aclosing(deltas):
+        async with aclosing(deltas), self._places.taken(record):
+            started = last = time.perf_counter()
+            ending, first, model = "abort", True, record.model
+            try:
                 async for delta in deltas:
                     now, count = time.perf_counter(), len(delta.token_ids)
                     if first and count:
@@ -68,13 +71,13 @@ class MeteredEngine:
                     ending = delta.finish_reason or ending
                     self._metrics.record(metrics.GENERATION_TOKENS, count, model=model)
                     yield delta
-        except Exception:
-            ending = "error"
-            raise
-        finally:
-            record.finish_reason = ending
-            self._metrics.record(metrics.REQUEST, time.perf_counter() - started, model=model)
-            self._metrics.record(metrics.FINISHED, model=model, finished_reason=ending)
+            except Exception:
+                ending = "error"
+                raise
+            finally:
+                record.finish_reason = ending
+                self._metrics.record(metrics.REQUEST, time.perf_counter() - started, model=model)
+                self._metrics.record(metrics.FINISHED, model=model, finished_reason=ending)
 
     def close(self) -> None:
         """See `Engine.close`."""

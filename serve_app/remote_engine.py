@@ -35,6 +35,7 @@ class RemoteEngine:
     def __init__(self, servers: DeploymentHandle[Any], args: AppArgs) -> None:
         config = read_config(args.model)
         self.context_length: int = config.max_position_embeddings
+        self.max_batch = args.max_batch  # of each, and there may be one
         self.adapters = AdapterFolders(args.adapters, args.adapter_dir)
         self._vocabulary: int = config.vocab_size
         self._servers = servers

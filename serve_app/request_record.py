@@ -1,5 +1,6 @@
 """What is known of the request that is being answered: for logs, metrics, traces and quotas. Never its contents."""
 
+import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ class RequestRecord:
     id: str
     key: str = ""
     """Name of the API key."""
+    answers_at_once: int = 0
+    """How many answers the key may have written at a time; 0 is no limit."""
+    places: asyncio.Semaphore | None = None
+    """Those that the request may take in the engine."""
     model: str = ""
     """The model or adapter that answers."""
     prompt_tokens: int = 0

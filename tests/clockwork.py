@@ -13,6 +13,7 @@ class Clockwork:
     """
 
     healthy = True
+    max_batch = 32
 
     def __init__(self, text: str, step_s: float = 0.0, context_length: int = 8192) -> None:
         self.text = text

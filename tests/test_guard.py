@@ -97,7 +97,10 @@ def test_a_key_is_shown_once_and_only_its_hash_is_kept(key_file):
     [
         ("alice", "line 1 is not `NAME SHA256`; python -m serve_app keys add NAME writes such lines"),
         ("# c\n\nalice secret", "line 3 is not `NAME SHA256`"),
-        (f"a {'0' * 64} fast", "line 1: 'fast' is no limit; use requests_per_minute=N or tokens_per_minute=N"),
+        (
+            f"a {'0' * 64} fast",
+            "line 1: 'fast' is no limit; use one of requests_per_minute=N, tokens_per_minute=N, answers",
+        ),
         (f"a {'0' * 64}\na {'1' * 64}", "names a twice; remove one of its lines"),
         (None, r"cannot be read \(No such file or directory\); python -m serve_app keys add NAME --file .* makes one"),
     ],
