@@ -17,7 +17,7 @@ import torch
 
 from chatglm3 import load_model, load_tokenizer
 from chatglm3.engines import Sampling, complete
-from chatglm3.engines.decode_graphs import cuda_capture
+from chatglm3.engines.decode_graphs import cuda_captures
 from chatglm3.engines.transformers_engine import TransformersEngine
 
 PROMPT, TOKENS = 512, 128
@@ -40,8 +40,8 @@ def rate(engine: TransformersEngine, at_once: int, seed: int) -> float:
 def rates(model: Path, counts: Sequence[int], has_graphs: bool) -> list[float]:
     """Of a model, for each number of requests."""
     native = load_model(model, dtype=torch.bfloat16, device_map="cuda:0")
-    capture = cuda_capture() if has_graphs else None
-    engine = TransformersEngine(native, load_tokenizer(model), max_batch=max(counts), capture=capture)
+    captures = cuda_captures if has_graphs else None
+    engine = TransformersEngine(native, load_tokenizer(model), max_batch=max(counts), captures=captures)
     try:
         for count in counts:
             rate(engine, count, seed=1)

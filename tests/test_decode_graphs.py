@@ -1,6 +1,7 @@
 """Graphs of the pass that moves each row one token on: here their padding, on a GPU themselves."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,23 +11,28 @@ import torch
 
 from chatglm3 import load_model, load_tokenizer
 from chatglm3.engines import AdapterFolders, Sampling, complete, load_engine
-from chatglm3.engines.decode_graphs import Graph
+from chatglm3.engines.decode_graphs import Graph, kernel_by_kernel
 from chatglm3.engines.transformers_engine import TransformersEngine
-from tests.test_row_adapters import write_adapter
+from tests.random_adapters import write_adapter
 
 LENGTHS = (1, 7, 33, 250, 300, 600, 64)  # some grow the cache while others run, and one passes 256 while it answers
 
 
-class Repeated:
-    """Stands for captures where there is no GPU: what computes again, into the same tensor."""
+class Counted:
+    """Stands for captures where there is no GPU."""
 
     def __init__(self) -> None:
-        self.shapes: list[torch.Size] = []
+        self.rows: list[int] = []
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Graph:
-        result = run()
-        self.shapes.append(result.shape)
-        return lambda: result.copy_(run()), result
+        graph = kernel_by_kernel(run)
+        self.rows.append(len(graph[1]))
+        return graph
+
+
+def fails(run: Callable[[], torch.Tensor]) -> Graph:
+    """A model that waits for the GPU."""
+    raise RuntimeError("operation not permitted when stream is capturing")
 
 
 def prompt(length: int) -> list[int]:
@@ -47,20 +53,25 @@ def answers(engine: TransformersEngine, adapter: str = "") -> list[tuple[int, ..
     return asyncio.run(run())
 
 
-def test_filled_up_rows_draw_the_tokens_that_they_draw_alone(tiny: Path) -> None:
-    repeated, tokenizer = Repeated(), load_tokenizer(tiny)
+def test_filled_up_rows_draw_the_tokens_that_they_draw_alone(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counted, tokenizer = Counted(), load_tokenizer(tiny)
     plain = TransformersEngine(load_model(tiny, dtype=torch.float32), tokenizer, max_batch=5)
-    graphs = TransformersEngine(load_model(tiny, dtype=torch.float32), tokenizer, max_batch=5, capture=repeated)
+    graphs = TransformersEngine(load_model(tiny, dtype=torch.float32), tokenizer, max_batch=5, captures=lambda: counted)
+    broken = TransformersEngine(load_model(tiny, dtype=torch.float32), tokenizer, max_batch=5, captures=lambda: fails)
     try:
         expected = answers(plain)
         assert answers(graphs) == expected
-        assert {shape[0] for shape in repeated.shapes} <= {1, 2, 4, 5}, "rows come in powers of two, or are all"
-        number = len(repeated.shapes)
+        assert set(counted.rows) <= {1, 2, 4, 5}, "rows come in powers of two, or are all"
+        number = len(counted.rows)
         assert answers(graphs) == expected
-        assert len(repeated.shapes) <= number + 4, "only what the first time did not meet is captured"
+        assert len(counted.rows) <= number + 4, "only what the first time did not meet is captured"
+        with caplog.at_level(logging.WARNING):
+            assert answers(broken) == expected
+        assert len(caplog.messages) == 1
+        assert "stream is capturing" in caplog.text
     finally:
-        plain.close()
-        graphs.close()
+        for engine in (plain, graphs, broken):
+            engine.close()
 
 
 def test_rows_with_adapters_go_on_without_graphs_and_leave_none_behind(tiny: Path, tmp_path: Path) -> None:
@@ -71,7 +82,7 @@ def test_rows_with_adapters_go_on_without_graphs_and_leave_none_behind(tiny: Pat
     expected, expected_without = answers(plain, "other"), answers(plain)
     plain.close()
     model = load_model(tiny, dtype=torch.float32)
-    graphs = TransformersEngine(model, tokenizer, max_batch=4, adapters=adapters, capture=Repeated())
+    graphs = TransformersEngine(model, tokenizer, max_batch=4, adapters=adapters, captures=Counted)
     try:
         assert answers(graphs, "other") == expected
         assert answers(graphs) == expected_without

@@ -13,8 +13,8 @@ import httpx
 import openai
 import pytest
 
+from tests.random_adapters import KINDS, write_adapter
 from tests.serving import replicas, served, write_endless_model
-from tests.test_row_adapters import KINDS, write_adapter
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow

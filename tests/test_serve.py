@@ -23,8 +23,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.storage import Receipt, publish
 from serve_app.app import AppArgs, build
+from tests.random_adapters import KINDS, write_adapter
 from tests.serving import PROJECT, SERVE, replicas, served, write_endless_model
-from tests.test_row_adapters import KINDS, write_adapter
 from tests.waiting import wait_for
 
 CONFIG = PROJECT / "serve_app" / "serve.yaml"

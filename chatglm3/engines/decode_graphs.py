@@ -6,6 +6,7 @@ captured for each such pair when it is first needed. A row that only fills up wr
 is erased before one gets it.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,9 +19,11 @@ Graph = tuple[Callable[[], object], torch.Tensor]
 """What computes again, and the tensor in which the result stands then."""
 Capture = Callable[[Callable[[], torch.Tensor]], Graph]
 
+log = logging.getLogger(__name__)
 
-def cuda_capture() -> Capture:
-    """Captures that share memory: a result stands until another graph runs."""
+
+def cuda_captures() -> Capture:
+    """Captures that share memory, as long as one of them is there: a result stands until another graph runs."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Callable[[], torch.Tensor]) -> Graph:
@@ -33,17 +36,22 @@ def cuda_capture() -> Capture:
     return capture
 
 
+def kernel_by_kernel(run: Callable[[], torch.Tensor]) -> Graph:
+    """What no graph could be made of."""
+    result = run()
+    return lambda: result.copy_(run()), result
+
+
 class DecodeGraphs:
     """Graphs of one model's passes over one cache; they belong to the thread that runs the model."""
 
-    def __init__(self, run: Pass, cache: SlotCache, device: torch.device, capture: Capture) -> None:
+    def __init__(self, run: Pass, cache: SlotCache, device: torch.device, captures: Callable[[], Capture]) -> None:
         self._run = run
         self._cache = cache
-        self._capture = capture
+        self._captures = captures
         self._inputs = torch.zeros(2, cache.num_rows, 1, dtype=torch.long, device=device)
         """Ids and positions, where all graphs read them."""
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._capacity = 0
+        self._forget()
 
     def states(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Move rows 0.. one token on: their final states [B, 1, hidden], which stand until the next call."""
@@ -52,7 +60,7 @@ class DecodeGraphs:
         self._inputs[:, len(ids) : rows] = 0
         self._inputs[:, : len(ids), 0] = torch.tensor([ids, positions])
         if self._capacity != self._cache.capacity:  # it has grown: the graphs write where it was
-            self._graphs.clear()
+            self._forget()
         if (rows, length) not in self._graphs:
             self._graphs[rows, length] = self._captured(rows, length)
         replay, states = self._graphs[rows, length]
@@ -63,6 +71,16 @@ class DecodeGraphs:
         ids, positions = self._inputs[:, :rows]
         self._run(ids, positions, length)  # lets the cache grow, and kernels be chosen
         if self._capacity != self._cache.capacity:
-            self._graphs.clear()
-            self._capacity = self._cache.capacity
-        return self._capture(lambda: self._run(ids, positions, length))
+            self._forget()
+        try:
+            return self._capture(lambda: self._run(ids, positions, length))
+        except RuntimeError as error:
+            log.warning("no CUDA graph of this model could be captured, which makes it slow: %s", error)
+            self._captures = lambda: kernel_by_kernel
+            self._forget()
+            return self._capture(lambda: self._run(ids, positions, length))
+
+    def _forget(self) -> None:
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._capture = self._captures()
+        self._capacity = self._cache.capacity

@@ -33,7 +33,7 @@ from chatglm3.engines import (
     TokenLogprob,
     UnknownAdapter,
 )
-from chatglm3.engines.decode_graphs import Capture, DecodeGraphs, cuda_capture
+from chatglm3.engines.decode_graphs import Capture, DecodeGraphs, cuda_captures
 from chatglm3.engines.guide import GuideCompiler, raise_if_stuck
 from chatglm3.engines.request_check import check_request
 from chatglm3.engines.row_adapters import Adapter, RowAdapters
@@ -71,7 +71,7 @@ def load(
         max_batch=max_batch,
         adapters=adapters,
         on_fatal=on_fatal,
-        capture=_capture(model),
+        captures=_captures(model),
     )
 
 
@@ -123,9 +123,9 @@ class TransformersEngine:
         max_batch: int = 32,
         adapters: AdapterFolders | None = None,
         on_fatal: Callable[[], object] | None = None,
-        capture: Capture | None = None,
+        captures: Callable[[], Capture] | None = None,
     ) -> None:
-        """`capture` makes graphs of the passes that move rows without adapters one token on."""
+        """`captures` makes graphs of the passes that move rows without adapters one token on."""
         model.set_attn_implementation(ATTENTION)
         config = model.config
         self.context_length: int = config.max_position_embeddings
@@ -139,7 +139,7 @@ class TransformersEngine:
         row_bytes = position_bytes(model) * self.context_length
         self.max_batch = max(1, min(max_batch, _cache_bytes(model.device) // row_bytes))
         self._cache = SlotCache(config.num_hidden_layers, self.max_batch, self.context_length)
-        self._graphs = DecodeGraphs(self._pass, self._cache, model.device, capture) if capture else None
+        self._graphs = DecodeGraphs(self._pass, self._cache, model.device, captures) if captures else None
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()
         self._waiting: deque[_Request] = deque()
         self._reading: deque[_Request] = deque()
@@ -376,10 +376,10 @@ class TransformersEngine:
             request.send(EngineDied(reason))
 
 
-def _capture(model: GlmForCausalLM) -> Capture | None:
+def _captures(model: GlmForCausalLM) -> Callable[[], Capture] | None:
     # bitsandbytes' int8 asks the GPU which columns hold outliers, and a graph cannot wait for an answer.
     waits = getattr(model, "is_loaded_in_8bit", False)
-    return cuda_capture() if model.device.type == "cuda" and not waits else None
+    return cuda_captures if model.device.type == "cuda" and not waits else None
 
 
 def _cache_bytes(device: torch.device) -> int:
