@@ -1,9 +1,6 @@
 """A model, and another beside it, asked every question of a split: answers, scores with intervals, a gate."""
 
 import asyncio
-import json
-import random
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,19 +8,20 @@ import ray.data
 from pydantic import BeforeValidator, Field
 from ray.exceptions import RayError
 
-from chatglm3 import load_tokenizer, parse_reply
-from chatglm3.chat import PromptFormat, question_ids
-from chatglm3.engines import RequestError, Sampling, complete, load_engine
+from chatglm3 import load_tokenizer
+from chatglm3.chat import PromptFormat
+from chatglm3.engines import Sampling, load_engine
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.progress import track
+from pipelines.answering import ask_all
 from pipelines.comparison import compare
 from pipelines.evaluation_report import write_report
 from pipelines.gate import GATED, Earlier, judge, open_earlier
 from pipelines.metrics import MetricName
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
-from pipelines.questions import Answer, Row
+from pipelines.questions import Answer, Row, read_questions
 from pipelines.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
@@ -115,16 +113,9 @@ def open_models(config: EvaluateConfig) -> dict[str, ModelFolder]:
 
 def read_rows(config: EvaluateConfig) -> list[Row]:
     """The rows of the split in file order, or `limit` of them drawn at random."""
-    folder = Path(config.data) / config.split
-    rows: list[Row] = []
-    for path in sorted(folder.glob("*.jsonl")):
-        with path.open(encoding="utf-8") as file:
-            # A conversation has no one question with a right answer; its loss is measured in training.
-            rows += (row for row in map(json.loads, file) if "instruction" in row)
+    rows = read_questions(Path(config.data, config.split), config.limit)
     if not rows:
         raise StageError(f"--data {config.data} has no {config.split} rows; prepare again with a larger --dev_share")
-    if 0 < config.limit < len(rows):
-        rows = [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), config.limit))]
     return rows
 
 
@@ -167,24 +158,10 @@ class Answerer:
         self.loop = asyncio.Runner()  # one for all batches: vLLM stays in the first that asks it
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answers = self.loop.run(self._answers(batch["instruction"]))
-        columns = {name: [getattr(answer, name) for answer in answers] for name in ("text", "tokens", "seconds")}
+        asked = ask_all(self.engine, self.tokenizer, batch["instruction"], self.prompt_format, self.sampling)
+        given = self.loop.run(asked)
+        columns = {name: [getattr(answer, name) for answer in given] for name in ("text", "tokens", "seconds")}
         return {"row": batch["row"], **columns}
-
-    async def _answers(self, instructions: list[str]) -> list[Answer]:
-        return await asyncio.gather(*map(self._answer, instructions))
-
-    async def _answer(self, instruction: str) -> Answer:
-        """The answer; an empty one to a question that does not fit into the model's context."""
-        prompt = question_ids(self.tokenizer, [{"role": "user", "content": instruction}], self.prompt_format)
-        started = time.monotonic()
-        try:
-            completion = await complete(self.engine, prompt, self.sampling)
-        except RequestError:
-            return Answer("", 0, 0.0)
-        seconds = time.monotonic() - started
-        text = parse_reply(completion.text).content if self.prompt_format == "chat" else completion.text
-        return Answer(text, len(completion.token_ids), seconds)
 
 
 def _found(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GlmForCausalLM
 
 from cluster.progress import track
-from pipelines.weight_formats import GROUP, Tensors, group_scales, packed_int4
+from pipelines.weight_formats import GROUP, Tensors, group_scales, nearest_int4, packed_int4, spread
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
 
@@ -42,10 +42,10 @@ def calibrate(model: GlmForCausalLM, rows: list[list[int]]) -> Calibrated:
                 layer(hidden, **extra)
         for name, linear in linears.items():
             weight, hessian = linear.weight.float(), hessians[name]
-            scale = group_scales(weight)
-            nearest = (weight / _spread(scale)).round().clamp(-8, 7) * _spread(scale)
+            uncorrected = spread(group_scales(weight))
+            nearest = nearest_int4(weight, uncorrected) * uncorrected
             values, scale = quantise(weight, hessian)
-            linear.weight.copy_(values * _spread(scale))
+            linear.weight.copy_(values * spread(scale))
             full = f"model.layers.{number}.{name}.weight"
             found.tensors[full] = {
                 part: tensor.cpu() for part, tensor in packed_int4(full, values.to(torch.int32), scale).items()
@@ -69,7 +69,7 @@ def quantise(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
         scales.append(scale)
         for column in range(GROUP):
             row = inverse[start + column, start : start + GROUP]
-            value = (block[:, column] / scale[:, 0].float()).round().clamp(-8, 7)
+            value = nearest_int4(block[:, column], scale[:, 0])
             error = (block[:, column] - value * scale[:, 0].float()) / row[column]
             block[:, column:] -= error[:, None] * row[column:]
             values[:, start + column], errors[:, column] = value, error
@@ -90,11 +90,6 @@ def _error(weight: Tensor, guess: Tensor, hessian: Tensor) -> float:
     """Squared error of the outputs as a share of their square."""
     wrong = weight - guess
     return float(((wrong @ hessian) * wrong).sum() / ((weight @ hessian) * weight).sum())
-
-
-def _spread(scale: Tensor) -> Tensor:
-    """Scales [rows, columns / GROUP] to every column."""
-    return scale.float().repeat_interleave(GROUP, 1)
 
 
 class _Captured(Exception):

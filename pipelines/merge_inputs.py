@@ -4,12 +4,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm3.folder import read_json
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.model_folders import ModelFolder, open_model
 
 if TYPE_CHECKING:
     from pipelines.merging import MergeConfig
+
+LICENSE = "chatglm3-6b-model-license"
+TRAINED_WITH = ("base_format", "learning_rate", "schedule", "epochs", "max_steps", "batch_size", "seed")
 
 
 def open_base(config: "MergeConfig", told: dict[str, Any]) -> ModelFolder:
@@ -40,7 +44,7 @@ def open_base(config: "MergeConfig", told: dict[str, Any]) -> ModelFolder:
 def make_facts(config: "MergeConfig", base: ModelFolder, told: dict[str, Any]) -> dict[str, Any]:
     """What the receipt tells later stages: what the adapter's told, or without adapter the base's, and the format."""
     if not config.adapters:
-        told = base.facts
+        told = {name: fact for name, fact in base.facts.items() if name != "verdict"}
     prompt_format = told.get("prompt_format", config.prompt_format or "chat")
     if config.prompt_format not in (None, prompt_format):
         raise StageError(
@@ -48,9 +52,9 @@ def make_facts(config: "MergeConfig", base: ModelFolder, told: dict[str, Any]) -
         )
     origin = base.location if config.adapters else told.get("base", base.location)
     if config.adapters:
-        told = told | {"base_digest": base.weights_digest}
+        told = told | {"base_digest": base.weights_digest, "recipe": {path: _recipe(path) for path in config.adapters}}
     known = {"base": origin, "prompt_format": prompt_format, "tokenizer": base.tokenizer, "format": config.format}
-    return told | known
+    return told | known | {"license": "apache-2.0" if base.name == "tiny" else base.facts.get("license", LICENSE)}
 
 
 def told_by_all(config: "MergeConfig") -> dict[str, Any]:
@@ -62,6 +66,17 @@ def told_by_all(config: "MergeConfig") -> dict[str, Any]:
         if len({facts.get(name) for facts in told.values()}) > 1:
             raise StageError(f"--adapter {', '.join(told)}: they differ in {name}, so they cannot be added up")
     return next(iter(told.values()), {})
+
+
+def _recipe(adapter: str) -> dict[str, Any]:
+    """What the adapter is and how it was trained, as far as that is known."""
+    lora = read_json(Path(adapter, "adapter_config.json"))
+    targets = lora.get("target_modules")
+    targets = " ".join(sorted(targets)) if isinstance(targets, list) else targets
+    receipt = storage.read_receipt(adapter)
+    trained = receipt.config if receipt else {}
+    known = {"rank": lora.get("r"), "alpha": lora.get("lora_alpha"), "targets": targets}
+    return known | {name: trained[name] for name in TRAINED_WITH if trained.get(name)}
 
 
 def _facts_of(path: Path, config: "MergeConfig") -> dict[str, Any]:

@@ -1,65 +1,37 @@
-"""The rows that merge calibrates and measures on, and the limits past which it refuses."""
+"""Merge measures what it made, beside the model as it was trained, and refuses what is past the limits."""
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from chatglm3.chat import PromptFormat
-from cluster import storage
 from cluster.errors import StageError
-from pipelines.agreement import MOST_TOKENS, Agreement, shuffled_examples, take
+from pipelines.agreement import shuffled_examples, take
 from pipelines.folding import MergedWeights
 from pipelines.gptq import Calibrated, calibrate
 from pipelines.merge_report import REPORT, write_merge_report
+from pipelines.merge_rows import training_settings
 from pipelines.model_folders import ModelFolder
-from pipelines.yardstick import Yardstick, in_memory, live_model, load_on_device
+from pipelines.yardstick import Measured, Yardstick, in_memory, live_model, load_on_device
 
 if TYPE_CHECKING:
     from pipelines.merging import MergeConfig
 
 CALIBRATION_TOKENS = 1 << 15
 """GPTQ's own experiments took 2^18, which a GPU does in minutes and two cores do not."""
-NO_WORSE = 0.01  # nats: a loss that is higher by no more than this is as good
-QUICK_BYTES = 1 << 30  # of a model that a CPU measures in a minute
-
-
-def _training(config: "MergeConfig") -> dict[str, Any]:
-    """The settings that the adapter was trained with; nothing if there is not one adapter with a receipt."""
-    receipt = storage.read_receipt(next(iter(config.adapters))) if len(config.adapters) == 1 else None
-    return receipt.config if receipt else {}
-
-
-def _data(config: "MergeConfig", base: ModelFolder, is_asked: bool | None, split: str) -> Path | None:
-    """The data folder to go by; None if that is not asked for, or unasked and not quick."""
-    data = config.data or _training(config).get("data", "")
-    size = sum(file.stat().st_size for file in base.path.iterdir())
-    is_quick = torch.cuda.is_available() or size < QUICK_BYTES
-    if is_asked is False or (is_asked is None and not (is_quick and any(Path(data, split).glob("*.jsonl")))):
-        return None
-    if not data:
-        raise StageError("--data is empty, and no adapter's receipt names a data folder: give one to go by")
-    return Path(data)
-
-
-def calibration_rows(config: "MergeConfig", base: ModelFolder) -> Path | None:
-    """The data folder that w4a16 is calibrated on; None for another format, and where there are no rows."""
-    return _data(config, base, config.calibrate, "train") if config.format == "w4a16" else None
+SCORES = ("exact_match", "f1")
 
 
 def calibration(
-    config: "MergeConfig", base: ModelFolder, weights: MergedWeights, facts: dict[str, Any]
-) -> Callable[[], Calibrated] | None:
-    """What makes the weights in w4a16 by GPTQ, once; None if another format is asked for, or there are no rows."""
-    data = calibration_rows(config, base)
-    if not data:
-        return None
+    data: Path, base: Path, weights: MergedWeights, prompt_format: PromptFormat
+) -> Callable[[], Calibrated]:
+    """What makes the weights in w4a16 by GPTQ on training rows, once."""
 
     @cache
     def calibrated() -> Calibrated:
-        drawn = shuffled_examples(data, "train", base.path, facts["prompt_format"])
+        drawn = shuffled_examples(data, "train", base, prompt_format)
         rows = [example.ids for example in take(drawn, CALIBRATION_TOKENS, lambda example: len(example.ids))]
         found = calibrate(in_memory(weights), rows)
         print(
@@ -71,50 +43,74 @@ def calibration(
     return calibrated
 
 
-def make_yardstick(config: "MergeConfig", base: ModelFolder, prompt_format: PromptFormat) -> Yardstick | None:
-    """The model that was trained, to measure with; None where that is not asked for, or not quick."""
-    data = _data(config, base, True if config.onto == "auto" else config.measure, "dev")
-    if not data:
-        return None
-    trained = _training(config)
-    drawn = shuffled_examples(data, "dev", base.path, prompt_format)
-    examples = take(drawn, MOST_TOKENS, lambda example: sum(example.is_target))
-    if list(config.adapters.values()) not in ([], [1.0]):
-        return Yardstick("the sum in 16 bits", in_memory(MergedWeights(base.path, config.adapters, "16bit")), examples)
-    adapter, in_nf4 = next(iter(config.adapters), ""), trained.get("base_format", "nf4") == "nf4"
-    name = f"{'NF4' if in_nf4 else '16-bit'} base with live adapter" if adapter else base.name
-    return Yardstick(name, live_model(base.path, adapter, bool(adapter) and in_nf4), examples)
+def make_yardstick(config: "MergeConfig", base: ModelFolder, data: Path, prompt_format: PromptFormat) -> Yardstick:
+    """The dev rows, and how the model that was trained does on them: base and live adapters, or the base alone."""
+    yardstick = Yardstick(data, base.path, prompt_format, config.score_rows, config.score_tokens)
+    trainings = training_settings(config)
+    in_nf4 = bool(trainings) and all(settings.get("base_format", "nf4") == "nf4" for settings in trainings)
+    live = f"live adapter{'s' if len(trainings) > 1 else ''}"
+    name = f"{'NF4' if in_nf4 else '16-bit'} base with {live}" if trainings else base.name
+    yardstick.measure(name, live_model(base.path, config.adapters, in_nf4))
+    return yardstick
 
 
-def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardstick: Yardstick) -> dict[str, float]:
-    """Measure what was written, write the report, and return the numbers.
+def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardstick: Yardstick) -> str:
+    """Measure what was written, write the report, and return what is to be said of the limits.
 
-    StageError for a model past the limits that answers worse too.
+    StageError for a model past them, unless it is to be kept; its report then lies beside --out.
     """
     if config.format != "bf16" and config.adapters:
         yardstick.measure("merged, bf16", in_memory(weights))
     final = yardstick.measure(f"merged, {config.format}", load_on_device(folder))
-    limits = {"kl": config.max_kl, "top1": config.min_top1}
-    write_merge_report(folder / REPORT, yardstick.results, yardstick.tokens, limits, config.model_dump())
-    _hold_to_limits(final, config, yardstick)
-    print(f"merge: beside {yardstick.reference_name}: KL {final.kl:.4f}, same next token {final.top1:.1%}")
-    return {"kl": round(final.kl, 6), "top1": round(final.top1, 4), "loss": round(final.loss, 4)}
-
-
-def _hold_to_limits(final: Agreement, config: "MergeConfig", yardstick: Yardstick) -> None:
-    far = []
-    if final.kl > config.max_kl:
-        far.append(f"KL {final.kl:.4f}, the limit is {config.max_kl:g}")
-    if final.top1 < config.min_top1:
-        far.append(f"top-1 agreement {final.top1:.4f}, the limit is {config.min_top1:g}")
-    if not far:
-        return
-    loss = yardstick.results[yardstick.reference_name].loss
-    told = f"{'; '.join(far)}; loss {final.loss:.4f} beside {loss:.4f}"
-    # The 16-bit base can be far from the NF4 one that an adapter was trained on, and better.
-    if final.loss > loss + NO_WORSE and not config.keep:
+    far = past_limits(final, config)
+    told = f"{'; '.join(far)}; loss {final.agreement.loss:.4f} beside {_reference(yardstick).agreement.loss:.4f}"
+    verdict = f"past the limits, kept by --keep true: {told}" if far else "within the limits"
+    write_merge_report(folder / REPORT, yardstick, verdict, config)
+    if far and not config.keep:
+        report = refused_report(config.out)
+        shutil.copyfile(folder / REPORT, report)
         raise StageError(
-            f"the {config.format} model is too far from {yardstick.reference_name}: {told}; try another --format or "
-            f"--onto, or keep it knowingly with --keep true"
+            f"the {config.format} model is too far from {yardstick.reference_name}: {told}; look at {report}; try "
+            f"another --format or --onto, or keep it knowingly with --keep true"
         )
-    print(f"merge: far from {yardstick.reference_name}, but kept: {told}")
+    print(f"merge: beside {yardstick.reference_name}: {_summary(final)}; {verdict}")
+    return verdict
+
+
+def past_limits(found: Measured, config: "MergeConfig") -> list[str]:
+    """The limits that a model is past, and by how much."""
+    kl, top1, far = found.agreement.kl, found.agreement.top1, []
+    if kl > config.max_kl:
+        far.append(f"KL {kl:.4f}, the limit is {config.max_kl:g}")
+    if top1 < config.min_top1:
+        far.append(f"top-1 agreement {top1:.4f}, the limit is {config.min_top1:g}")
+    return far
+
+
+def refused_report(out: str) -> Path:
+    """Where the report of a model that was not written lies."""
+    return Path(out).with_name(f"{Path(out).name}-refused.html")
+
+
+def numbers(yardstick: Yardstick) -> dict[str, int | float]:
+    """For the receipt: how far the final model is from the reference, and what the answers of both are worth."""
+    reference, final = _reference(yardstick), list(yardstick.results.values())[-1]
+    found = {"kl": round(final.agreement.kl, 6), "top1": round(final.agreement.top1, 4)}
+    found |= _worth("", final) | _worth("reference_", reference)
+    if final.questions:
+        found |= {"questions": final.questions, "same_answers": final.same_answers}
+    return found
+
+
+def _reference(yardstick: Yardstick) -> Measured:
+    return yardstick.results[yardstick.reference_name]
+
+
+def _worth(prefix: str, found: Measured) -> dict[str, float]:
+    scores = {f"{prefix}{name}": round(found.scores[name].value, 4) for name in SCORES if name in found.scores}
+    return {f"{prefix}loss": round(found.agreement.loss, 4), **scores}
+
+
+def _summary(found: Measured) -> str:
+    near = f"KL {found.agreement.kl:.4f}, same next token {found.agreement.top1:.1%}"
+    return f"{near}, {found.same_answers} of {found.questions} answers the same" if found.questions else near

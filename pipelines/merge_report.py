@@ -2,42 +2,85 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipelines.agreement import Agreement
+from pipelines.metrics import Score
 from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
+from pipelines.yardstick import Measured, Yardstick
+
+if TYPE_CHECKING:
+    from pipelines.merging import MergeConfig
 
 REPORT = "report.html"
 
 
-def write_merge_report(
-    file: Path, results: Mapping[str, Agreement], tokens: int, limits: Mapping[str, float], settings: Mapping[str, Any]
-) -> None:
-    """Write the page. The first of `results` is the reference; `limits` are those of KL and top-1 agreement."""
-    heads = ("", "KL divergence, nats", "same likeliest token", "loss on the right answers")
-    rows = [(name, f"{found.kl:.5f}", f"{found.top1:.2%}", f"{found.loss:.4f}") for name, found in results.items()]
-    told = (
-        f"<p>At {tokens:,} answer tokens of the dev rows; the first line is what the others are compared with. Past a "
-        f"KL of {limits['kl']:g}, or with fewer than {limits['top1']:.0%} of the tokens the same, merge refuses a "
-        f"model whose loss is higher too.</p>"
-    )
-    sections = {"Agreement": told + grid(heads, rows) + _picture(results, limits), "Settings": pairs(settings.items())}
+def write_merge_report(file: Path, yardstick: Yardstick, verdict: str, config: "MergeConfig") -> None:
+    """Write the page."""
+    heads, rows = measured_table(yardstick.results)
+    limits = limits_text(config.max_kl, config.min_top1)
+    told = f"<p>{measured_text(yardstick)} The limits: {limits}. The model is {verdict}.</p>"
+    sections = {
+        "Agreement": told + grid(heads, rows) + _picture(yardstick.results, config.max_kl, config.min_top1),
+        "Settings": pairs(config.model_dump().items()),
+    }
     write_page(file, "Merged model", sections)
 
 
-def _picture(results: Mapping[str, Agreement], limits: Mapping[str, float]) -> str:
-    others = dict(list(results.items())[1:])
+def measured_text(yardstick: Yardstick) -> str:
+    """What the table of a report or card is about."""
+    text = (
+        f"At {yardstick.tokens:,} answer tokens of the dev rows; the first line is the model as it was trained, which "
+        f"the others are compared with."
+    )
+    if yardstick.questions:
+        text += (
+            f" {len(yardstick.questions)} dev questions are answered too, the likeliest token each time, and scored as "
+            f"evaluate does, in percent, with 95 % intervals."
+        )
+    return text
+
+
+def limits_text(max_kl: float, min_top1: float) -> str:
+    """The limits in words."""
+    return f"a KL divergence of {max_kl:g} nats, and the same likeliest token at {min_top1:.0%} of the places"
+
+
+def measured_table(results: Mapping[str, Measured]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of what was measured."""
+    heads = ["", "KL divergence, nats", "same likeliest token", "loss on the right answers"]
+    lines = [
+        [name, f"{found.agreement.kl:.5f}", f"{found.agreement.top1:.2%}", f"{found.agreement.loss:.4f}"]
+        for name, found in results.items()
+    ]
+    if any(found.questions for found in results.values()):
+        heads += ["exact match", "F1", "same answers"]
+        for line, found in zip(lines, results.values(), strict=True):
+            line += [_percent(found.scores["exact_match"]), _percent(found.scores["f1"])]
+            line.append(f"{found.same_answers} of {found.questions}")
+    return heads, lines
+
+
+def _percent(score: Score) -> str:
+    return f"{100 * score.value:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
+
+
+def _picture(results: Mapping[str, Measured], max_kl: float, min_top1: float) -> str:
+    reference, *others = results
+    panels = [
+        ("KL divergence, nats (less is nearer)", {name: results[name].agreement.kl for name in others}, max_kl),
+        ("same likeliest token, %", {name: 100 * results[name].agreement.top1 for name in others}, 100 * min_top1),
+    ]
+    if results[reference].questions:
+        f1 = {name: 100 * found.scores["f1"].value for name, found in results.items()}
+        panels.append((f"F1, % (line: {reference})", {name: f1[name] for name in others}, f1[reference]))
     with drawing() as plt:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.6 * len(others) + 1.4), layout="constrained")
-        left.barh(list(others), [found.kl for found in others.values()])
-        left.set_title("KL divergence, nats (less is nearer)")
-        left.axvline(limits["kl"], color="C3", linestyle="--")
-        right.barh(list(others), [100 * found.top1 for found in others.values()])
-        right.set_title("same likeliest token, %")
-        right.axvline(100 * limits["top1"], color="C3", linestyle="--")
-        right.set_yticks([])
-        left.invert_yaxis()
-        right.invert_yaxis()
+        size = (5.5 * len(panels), 0.6 * len(others) + 1.4)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True)
+        for panel, (title, values, line) in zip(axes, panels, strict=True):
+            panel.barh(list(values), list(values.values()))
+            panel.axvline(line, color="C3", linestyle="--")
+            panel.set_title(title)
+        axes[0].invert_yaxis()
         picture = as_svg(figure)
         plt.close(figure)
     return picture

@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import GenerationConfig
 
 from chatglm3 import load_tokenizer
@@ -21,8 +21,9 @@ from pipelines.checksums import SUMS, verify, write_sums
 from pipelines.folding import MergedWeights, Onto
 from pipelines.gptq import Calibrated
 from pipelines.merge_inputs import make_facts, open_base, told_by_all
-from pipelines.merge_measures import calibration, calibration_rows, make_yardstick, measure
+from pipelines.merge_measures import calibration, make_yardstick, measure, numbers, past_limits, refused_report
 from pipelines.merge_report import REPORT
+from pipelines.merge_rows import calibration_rows, data_digest, measuring_rows
 from pipelines.model_card import write_card
 from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weight_files import write_weights
@@ -56,23 +57,29 @@ class MergeConfig(Config):
     and 4.0 GB; fp8 and w4a16: compressed-tensors, which vLLM runs fastest, 6.8 and 4.0 GB."""
     onto: Literal["16bit", "nf4", "auto"] = "16bit"
     """What the adapter is added to: the base's own weights, or what NF4 leaves of them, which is what an adapter of
-    --base_format nf4 was trained on. auto makes both and keeps the one with the lower loss on the dev rows."""
+    --base_format nf4 was trained on. auto makes both, measures them, and of those within the limits keeps
+    the one with the lower loss."""
     data: str = ""
     """Folder written by prepare, to measure and calibrate on. Unless given: what the adapter was trained on, if it is
     still there."""
     measure: bool | None = None
     """Compare the result with base and live adapter on dev rows, for which memory must hold the model. Unless given:
     if there are rows, and a GPU or a small model makes it quick."""
+    score_rows: int = Field(32, ge=0)
+    """When measuring: dev questions, always the same, that base and live adapter, the merged model and the quantised
+    one answer, to be scored; 0: none."""
+    score_tokens: int = Field(128, ge=1)
+    """Longest of these answers in tokens."""
     calibrate: bool | None = None
-    """w4a16 only: choose its values by GPTQ on training rows, which comes nearer than rounding each. Unless given:
-    as with --measure."""
+    """w4a16 only: choose its values by GPTQ on training rows, which comes nearer than rounding each, but holds the
+    whole model in 16 bits in memory (13 GB for ChatGLM3-6B). Unless given: as with --measure."""
     max_kl: float = Field(0.1, ge=0)
-    """Limit of the KL divergence from base and live adapter, in nats a token. A model past it is not written if its
-    loss is higher too."""
+    """Limit of the KL divergence from base and live adapter, in nats a token. A model past it is not written, even if
+    its loss is the lower one: it is not the model that was trained."""
     min_top1: float = Field(0.9, ge=0, le=1)
     """Limit of the same kind: least share of answer tokens at which both find the same token the likeliest."""
     keep: bool = False
-    """Write the model even past these limits."""
+    """Write the model even past these limits, and say so in its card and receipt."""
     verify: str = ""
     """A model folder: check its files against the checksums that merge wrote, and do nothing else."""
     out: str = "out/model"
@@ -82,6 +89,27 @@ class MergeConfig(Config):
     @classmethod
     def _base_alone_means_no_adapter(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {"adapter": "", **values} if values.get("base") else values
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapters_have_factors(cls, value: Any) -> Any:
+        form = 'give several adapters with factors, such as "{out/one: 0.7, out/two: 0.3}"'
+        if isinstance(value, str) and "," in value and not Path(value).exists():
+            raise ValueError(f"there is no folder {value}; {form}")
+        for folder, factor in value.items() if isinstance(value, dict) else ():
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor == 0:
+                raise ValueError(f"{folder} has the factor {factor!r}, which is no number other than 0; {form}")
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.calibrate and self.format != "w4a16":
+            raise ValueError(f"calibrate: {self.format} has nothing to calibrate, only w4a16 has; leave it out")
+        if self.onto != "16bit" and not self.adapters and not self.verify:
+            raise ValueError(f"onto: without --adapter there is nothing to add to {self.onto}; leave it out")
+        if self.onto == "auto" and self.measure is False:
+            raise ValueError("measure: --onto auto chooses by measuring; leave --measure false out, or name the base")
+        return self
 
     @property
     def adapters(self) -> dict[str, float]:
@@ -101,18 +129,22 @@ def merge(config: MergeConfig) -> str:
     base = open_base(config, told)
     paths = [base.path, *map(Path, config.adapters)]
     inputs = {str(path): folder_digest(path) for path in paths}
+    measured_on, calibrated_on = measuring_rows(config, base), calibration_rows(config, base)
     receipt = storage.receipt_of("merge", config, inputs=inputs, facts=make_facts(config, base, told))
-    with storage.publish(config.out, receipt, _digest(config, base, inputs), write_sums) as folder:
+    receipt.inputs |= {str(data): data_digest(data) for data in (measured_on, calibrated_on) if data}
+    refused_report(config.out).unlink(missing_ok=True)
+    with storage.publish(config.out, receipt, _digest(config, base, inputs, calibrated_on), write_sums) as folder:
         for name in (REPORT, SUMS, storage.RECEIPT):  # of a run that was killed when its weights were written
             (folder / name).unlink(missing_ok=True)
         write_companions(base.path, folder)
-        yardstick = make_yardstick(config, base, receipt.facts["prompt_format"])
-        weights = _write_best(folder, base, config, receipt.facts, yardstick)
+        prompt_format = receipt.facts["prompt_format"]
+        yardstick = make_yardstick(config, base, measured_on, prompt_format) if measured_on else None
+        weights = _write_best(folder, base, config, calibrated_on, prompt_format, yardstick)
         if config.adapters:
             receipt.facts["onto"] = weights.onto
-        if yardstick:
-            receipt.counts |= measure(folder, weights, config, yardstick)
-        write_card(folder, receipt.facts, config.model_dump(), yardstick.results if yardstick else {})
+        receipt.facts["verdict"] = measure(folder, weights, config, yardstick) if yardstick else "not measured"
+        receipt.counts |= numbers(yardstick) if yardstick else {}
+        write_card(folder, receipt.facts, config, yardstick)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     names = " + ".join(name if factor == 1 else f"{factor} x {name}" for name, factor in config.adapters.items())
     what = f"{names} folded into {base.name}" if names else f"{base.name} converted"
@@ -121,31 +153,36 @@ def merge(config: MergeConfig) -> str:
     return config.out
 
 
-def _digest(config: MergeConfig, base: ModelFolder, inputs: dict[str, str]) -> str:
+def _digest(config: MergeConfig, base: ModelFolder, inputs: dict[str, str], calibrated_on: Path | None) -> str:
     """Stands for the weights that are made: files that another run of the same digest wrote are gone on behind."""
-    rows = calibration_rows(config, base)
-    receipt = storage.read_receipt(rows) if rows else None
-    calibrated_on = receipt.facts["dataset"] if receipt else str(rows)
-    made = [base.weights_digest, inputs, config.adapters, config.format, config.onto, config.data, calibrated_on]
+    rows = data_digest(calibrated_on) if calibrated_on else ""
+    made = [base.weights_digest, inputs, config.adapters, config.format, config.onto, rows]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
 def _write_best(
-    folder: Path, base: ModelFolder, config: MergeConfig, facts: dict[str, Any], yardstick: Yardstick | None
+    folder: Path,
+    base: ModelFolder,
+    config: MergeConfig,
+    calibrated_on: Path | None,
+    prompt_format: PromptFormat,
+    yardstick: Yardstick | None,
 ) -> MergedWeights:
-    """Write the model; where --onto auto leaves the choice, both, of which the one that answers better stays."""
-    if config.onto != "auto":
-        weights = MergedWeights(base.path, config.adapters, config.onto)
-        write_model(folder, weights, config.format, calibration(config, base, weights, facts))
+    """Write the model; where --onto auto leaves the choice, both, of which the better one stays."""
+
+    def write(part: Path, onto: Onto) -> MergedWeights:
+        weights = MergedWeights(base.path, config.adapters, onto)
+        how = calibration(calibrated_on, base.path, weights, prompt_format) if calibrated_on else None
+        write_model(part, weights, config.format, how)
         return weights
+
+    if config.onto != "auto":
+        return write(folder, config.onto)
     assert yardstick, "auto asks for one"
-    tried: dict[str, MergedWeights] = {}
-    losses: dict[str, float] = {}
-    for onto in ONTO:
-        tried[onto] = MergedWeights(base.path, config.adapters, onto)
-        write_model(folder / onto, tried[onto], config.format, calibration(config, base, tried[onto], facts))
-        losses[onto] = yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)).loss
-    best = min(ONTO, key=lambda onto: losses[onto])
+    tried = {onto: write(folder / onto, onto) for onto in ONTO}
+    found = {onto: yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)) for onto in ONTO}
+    losses = {onto: found[onto].agreement.loss for onto in ONTO}
+    best = min(ONTO, key=lambda onto: (bool(past_limits(found[onto], config)), losses[onto]))
     for file in (folder / best).iterdir():
         file.rename(folder / file.name)
     for onto in ONTO:

@@ -2,67 +2,97 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.agreement import Agreement
+from pipelines.merge_report import limits_text, measured_table, measured_text
+from pipelines.weight_formats import WeightFormat
+from pipelines.yardstick import Yardstick
+
+if TYPE_CHECKING:
+    from pipelines.merging import MergeConfig
 
 
-def write_card(
-    folder: Path, facts: Mapping[str, Any], config: Mapping[str, Any], results: Mapping[str, Agreement]
-) -> None:
-    """Write README.md. `results` are what was measured, the reference first; empty if nothing was."""
+def write_card(folder: Path, facts: Mapping[str, Any], config: "MergeConfig", yardstick: Yardstick | None) -> None:
+    """Write README.md."""
     recipe = {
         "base": facts["base"],
-        "adapter": config["adapter"] or "none: the base was only converted",
+        "adapter": config.adapter or "none: the base was only converted",
+        **{f"trained: {name}": _words(settings) for name, settings in facts.get("recipe", {}).items()},
         "added to": facts.get("onto", ""),
         "format": facts["format"],
         "prompt format": facts["prompt_format"],
         "data set (sha256 of its rows)": facts.get("dataset", ""),
         "data preset": facts.get("preset", ""),
         "training run (digest)": facts.get("run", ""),
+        "limits": limits_text(config.max_kl, config.min_top1),
+        "verdict": facts["verdict"],
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in recipe.items() if value)
-    scores = "".join(f"| {name} | {r.kl:.5f} | {r.top1:.2%} | {r.loss:.4f} |\n" for name, r in results.items())
-    measured = f"{_SCORES}{scores}" if results else "Not measured: `merge --measure true` does it.\n"
-    (folder / "README.md").write_text(f"{_HEAD}{rows}\n## Agreement\n\n{measured}\n{_USE}", encoding="utf-8")
+    sections = [
+        f"---\n{_HEAD}{_license(folder, facts)}---",
+        f"# ChatGLM3, tuned to answer from documents\n\n| | |\n|---|---|\n{rows}",
+        f"## Agreement\n\n{_agreement(yardstick)}",
+        f"## Use\n\n{_USE[config.format]}\n\n{_PROMPTS}",
+        f"## Limits\n\n{_LIMITS}",
+        f"## Licence\n\n{_LICENCE[facts['license']]}",
+    ]
+    (folder / "README.md").write_text("\n\n".join(map(str.strip, sections)) + "\n", encoding="utf-8")
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+
+
+def _license(folder: Path, facts: Mapping[str, Any]) -> str:
+    if facts["license"] == "apache-2.0":
+        return "license: apache-2.0\n"
+    link = "license_link: MODEL_LICENSE\n" if (folder / "MODEL_LICENSE").is_file() else ""
+    return f"license: other\nlicense_name: {facts['license']}\n{link}"
+
+
+def _agreement(yardstick: Yardstick | None) -> str:
+    if not yardstick:
+        return "Not measured: `merge --measure true` does it."
+    heads, lines = measured_table(yardstick.results)
+    rules = ["---", *["--:"] * (len(heads) - 1)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, rules, *lines))
+    return f"{measured_text(yardstick)}\n\n{table}"
 
 
 _HEAD = """\
----
 library_name: transformers
 pipeline_tag: text-generation
 language: [zh, en]
-license: other
-license_name: chatglm3-6b-model-license
----
-
-# ChatGLM3, tuned to answer from documents
-
-| | |
-|---|---|
 """
 
-_SCORES = """\
-At answer tokens of the dev rows; the first line is the model as it was trained, which the others are compared with.
+_BITSANDBYTES = """\
+`AutoModelForCausalLM.from_pretrained` (with the `bitsandbytes` package) and `AutoTokenizer.from_pretrained` load this
+folder without other code. vLLM does not: it has no bitsandbytes; merge to bf16, fp8 or w4a16 for it."""
+_COMPRESSED = """\
+vLLM loads this folder without other code, and so do `AutoModelForCausalLM.from_pretrained` (with the
+`compressed-tensors` package) and `AutoTokenizer.from_pretrained`."""
+_USE: dict[WeightFormat, str] = {
+    "bf16": "vLLM, `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load this folder without "
+    "other code.",
+    "nf4": _BITSANDBYTES,
+    "int8": _BITSANDBYTES,
+    "fp8": _COMPRESSED,
+    "w4a16": _COMPRESSED,
+}
 
-| | KL divergence, nats | same likeliest token | loss |
-|---|--:|--:|--:|
-"""
-
-_USE = """\
-## Use
-
-`AutoModelForCausalLM.from_pretrained`, `AutoTokenizer.from_pretrained` and vLLM load this folder without other code
-(fp8 and w4a16 need the `compressed-tensors` package, nf4 and int8 `bitsandbytes`). Generation stops at `</s>`,
-`<|user|>` and `<|observation|>`.
+_PROMPTS = """\
+Generation stops at `</s>`, `<|user|>` and `<|observation|>`.
 
 The chat template makes one text of a conversation: `<|user|>` inside a message or a document becomes a control token
 there, and can pose as another role. For texts that are not your own, encode each message apart, as the service of this
-project does.
+project does."""
 
-## Limits
-
+_LIMITS = """\
 Answers are learned from one collection of documents and questions: measure on your own before you rely on them
-(`python -m pipelines evaluate`). The weights of ChatGLM3-6B have a licence of their own (MODEL_LICENSE, where the base
-came with it), which holds for what is made of them.
-"""
+(`python -m pipelines evaluate`)."""
+
+_LICENCE = {
+    "apache-2.0": "The tiny model that this one was made from, and so this one, is under the Apache License 2.0.",
+    "chatglm3-6b-model-license": "The weights of ChatGLM3-6B have a licence of their own, which holds for what is made "
+    "of them: MODEL_LICENSE, which comes with their download.",
+}

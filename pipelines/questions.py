@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines import metrics
@@ -20,6 +22,18 @@ class Answer:
     tokens: int
     seconds: float
     """From handing the prompt to the engine, which answers others at the same time, to the last token."""
+
+
+def read_questions(split: Path, most: int = 0) -> list[Row]:
+    """The split's rows with a question, in file order; or `most` of them, drawn at random, always the same."""
+    rows: list[Row] = []
+    for path in sorted(split.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as file:
+            # A conversation has no one question with a right answer; its loss is measured in training.
+            rows += (row for row in map(json.loads, file) if "instruction" in row)
+    if 0 < most < len(rows):
+        rows = [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), most))]
+    return rows
 
 
 def gold_answer(row: Row) -> str:

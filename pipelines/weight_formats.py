@@ -57,8 +57,17 @@ def fp8(name: str, weight: Tensor) -> Tensors:
 def w4a16(name: str, weight: Tensor) -> Tensors:
     """4-bit integers, each the nearest, with a scale for GROUP columns of a row."""
     scale = group_scales(weight)
-    values = (weight.float().unflatten(1, (-1, GROUP)) / scale.float()[:, :, None]).round().clamp(-8, 7)
-    return packed_int4(name, values.flatten(1).to(torch.int32), scale)
+    return packed_int4(name, nearest_int4(weight, spread(scale)).to(torch.int32), scale)
+
+
+def nearest_int4(weight: Tensor, scale: Tensor) -> Tensor:
+    """The values from -8 to 7 that come nearest to a weight when they are multiplied with the scale."""
+    return (weight.float() / scale.float()).round().clamp(-8, 7)
+
+
+def spread(scale: Tensor) -> Tensor:
+    """Scales [rows, columns / GROUP] to every column, in fp32."""
+    return scale.float().repeat_interleave(GROUP, 1)
 
 
 def group_scales(weight: Tensor) -> Tensor:

@@ -1,46 +1,120 @@
-"""What a merged model is measured against: the distributions of the model that was trained, with its adapter live."""
+"""What a merged model is measured against: the model that was trained, with its adapters live."""
 
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModelForCausalLM, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from transformers import GlmForCausalLM
 
-from chatglm3 import load_model
-from chatglm3.adapters import load_adapter
+from chatglm3 import load_model, load_tokenizer
+from chatglm3.adapters import load_adapter, native_adapter
+from chatglm3.chat import PromptFormat
+from chatglm3.engines import Sampling
+from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.quantization import NF4
-from pipelines.agreement import Agreement, Example, answer_distributions, compare
+from pipelines.agreement import MOST_TOKENS, Agreement, answer_distributions, compare, shuffled_examples, take
+from pipelines.answering import ask_all
 from pipelines.folding import MergedWeights
+from pipelines.metrics import Score, summarize
+from pipelines.questions import read_questions, score_answer
+
+BATCH = 16  # questions that are answered at a time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model beside the reference."""
+
+    agreement: Agreement
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Of its own answers to questions; empty if none was asked."""
+    same_answers: int = 0
+    """How many of these are the reference's, to the letter."""
+    questions: int = 0
 
 
 class Yardstick:
-    """A reference model's distributions on some examples, and how far from it others are."""
+    """Dev rows, and how the first model that is measured did on them: the reference for all others."""
 
-    def __init__(self, reference_name: str, reference: Any, examples: list[Example]) -> None:
-        self.reference_name, self.examples = reference_name, examples
-        self._distributions = answer_distributions(reference, examples, reference_name)
-        self.results: dict[str, Agreement] = {
-            reference_name: compare(self._distributions, self._distributions, examples)
-        }
+    def __init__(
+        self, data: Path, base: Path, prompt_format: PromptFormat, score_rows: int, longest_answer: int
+    ) -> None:
+        drawn = shuffled_examples(data, "dev", base, prompt_format)
+        self.examples = take(drawn, MOST_TOKENS, lambda example: sum(example.is_target))
+        self.questions = read_questions(data / "dev", score_rows) if score_rows else []
+        self.results: dict[str, Measured] = {}
+        self._tokenizer, self._prompt_format = load_tokenizer(base), prompt_format
+        self._sampling = Sampling(max_tokens=longest_answer)
+        self._distributions: list[torch.Tensor] = []
+        self._answers: list[str] = []
 
     @property
     def tokens(self) -> int:
-        """Answer tokens that are compared."""
+        """Answer tokens whose distributions are compared."""
         return sum(sum(example.is_target) for example in self.examples)
 
-    def measure(self, name: str, model: Any) -> Agreement:
-        """How far the model is from the reference; kept in `results` by name."""
+    @property
+    def reference_name(self) -> str:
+        """The name of the model that was measured first."""
+        return next(iter(self.results))
+
+    def measure(self, name: str, model: GlmForCausalLM) -> Measured:
+        """How far the model, which is not to be used again, is from the reference; kept in `results` by name."""
         found = answer_distributions(model, self.examples, name)
-        self.results[name] = compare(self._distributions, found, self.examples)
+        answers = self._answered(model) if self.questions else []
+        if not self.results:
+            self._distributions, self._answers = found, answers
+        points = [score_answer(row, answer) for row, answer in zip(self.questions, answers, strict=True)]
+        self.results[name] = Measured(
+            compare(self._distributions, found, self.examples),
+            summarize(points) if points else {},
+            sum(map(str.__eq__, answers, self._answers)),
+            len(answers),
+        )
         return self.results[name]
 
+    def _answered(self, model: GlmForCausalLM) -> list[str]:
+        engine = TransformersEngine(model, self._tokenizer, max_batch=BATCH)
+        instructions = [row["instruction"] for row in self.questions]
+        try:
+            asked = ask_all(engine, self._tokenizer, instructions, self._prompt_format, self._sampling)
+            return [answer.text for answer in asyncio.run(asked)]
+        finally:
+            engine.close()
 
-def live_model(base: Path, adapter: str, in_nf4: bool) -> Any:
-    """The base with the adapter on it, not folded: in NF4, if it was trained so."""
+
+def live_model(base: Path, adapters: Mapping[str, float], in_nf4: bool) -> GlmForCausalLM:
+    """The base, in NF4 if that is asked for, and PEFT's layers for the adapters and their factors: none is folded."""
     model = load_model(
         base, dtype=torch.bfloat16, quantization_config=NF4 if in_nf4 else None, device_map={"": device()}
     )
-    return load_adapter(model, adapter) if adapter else model
+    if not adapters:
+        return model
+    first, *others = adapters
+    adapted = load_adapter(model, first)
+    names = {"default": adapters[first]} | {str(number): adapters[path] for number, path in enumerate(others)}
+    for number, path in enumerate(others):
+        config, tensors = native_adapter(path, model.config)
+        adapted.add_adapter(str(number), config)
+        set_peft_model_state_dict(adapted, tensors, adapter_name=str(number))
+    _weigh(adapted, names)
+    return model
+
+
+def _weigh(adapted: PeftModelForCausalLM, factors: Mapping[str, float]) -> None:
+    """Let all adapters answer together, each update times its factor."""
+    lora: Any = adapted.base_model
+    lora.set_adapter(list(factors))
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.scaling:
+                layer.scaling[name] *= factors[name]
+    adapted.eval()
 
 
 def in_memory(weights: MergedWeights) -> GlmForCausalLM:

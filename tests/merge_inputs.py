@@ -1,14 +1,18 @@
 """What tests merge: adapters with a receipt of train, and rows to measure on; how far two models are apart."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 
 from chatglm3 import load_model, load_tokenizer
+from chatglm3.quantization import NF4
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
+from pipelines.agreement import shuffled_examples
 from pipelines.model_folders import open_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -31,6 +35,28 @@ def tuned_tiny(out: Path) -> str:
     receipt = storage.Receipt("train", {"base_format": "nf4"}, facts={**FACTS, **facts, "prompt_format": "chat"})
     with storage.publish(out, receipt) as folder:
         tuned_adapter("tiny", folder, std=0.2)
+    return str(out)
+
+
+def trained_tiny(out: Path, data: str, steps: int = 24) -> str:
+    """An adapter that has learned from prepared rows, on the tiny model in NF4, as train does; it takes 8 seconds."""
+    tiny = open_model("tiny", "--base")
+    examples = shuffled_examples(Path(data), "train", tiny.path, "chat")
+    torch.manual_seed(1)
+    base = load_model("tiny", dtype=torch.bfloat16, quantization_config=NF4)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=4e-3)
+    for _ in range(steps):
+        for example in islice(examples, 4):
+            ids, is_target = torch.tensor([example.ids]), torch.tensor(example.is_target[1:])
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1][is_target]
+            cross_entropy(logits.float(), ids[0, 1:][is_target]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    facts = {"base": "tiny", "base_digest": tiny.weights_digest, "tokenizer": tiny.tokenizer, "prompt_format": "chat"}
+    settings = {"base_format": "nf4", "learning_rate": 4e-3, "epochs": 0.5, "batch_size": 4, "seed": 1, "data": data}
+    with storage.publish(out, storage.Receipt("train", settings, facts=FACTS | facts)) as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
     return str(out)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines.gptq import quantise
-from pipelines.weight_formats import QUANTISE, group_scales
+from pipelines.weight_formats import QUANTISE, group_scales, nearest_int4, spread
 
 
 @pytest.mark.parametrize(("weight_format", "largest"), [("fp8", 1 / 16), ("w4a16", 1 / 15)])
@@ -39,8 +39,8 @@ def test_gptq_is_off_by_less_than_the_nearest_values_on_inputs_like_those_it_saw
     assert values.max() <= 7
     assert values.equal(values.round())
     chosen = values * scale.float().repeat_interleave(128, 1)
-    spread = group_scales(weight).float().repeat_interleave(128, 1)
-    nearest = (weight / spread).round().clamp(-8, 7) * spread
+    uncorrected = spread(group_scales(weight))
+    nearest = nearest_int4(weight, uncorrected) * uncorrected
     right = unseen @ weight.T
     off = [((unseen @ guess.T - right) ** 2).mean() / (right**2).mean() for guess in (chosen, nearest)]
     assert off[0] < 0.6 * off[1]

@@ -79,12 +79,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return files | {storage.RECEIPT: json.dumps(receipt | {"seconds": 0}).encode(), SUMS: b"\n".join(sums)}
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "w4a16"])
+@pytest.mark.parametrize("how", [("--format", "bf16"), ("--format", "w4a16"), ("--onto", "auto")], ids=" ".join)
 def test_kill_9_at_any_moment_leaves_a_whole_model_or_none_and_the_same_command_then_finishes(
-    weight_format: str, adapter: str, data: str, tmp_path: Path
+    how: tuple[str, str], adapter: str, data: str, tmp_path: Path
 ):
     out = tmp_path / "model"
-    flags = "--adapter", adapter, "--data", data, "--format", weight_format, "--out", str(out)
+    flags = "--adapter", adapter, "--data", data, "--score_rows", "2", *how, "--out", str(out)
     finish("--help")  # from now on there is a process to fork from
     begins, ends = timed(out, *flags)
     undisturbed = content(out)

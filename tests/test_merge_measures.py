@@ -1,5 +1,6 @@
 """A merged model beside base and live adapter: what is measured, which form is kept, and what is refused."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,41 +11,72 @@ import torch
 from chatglm3 import ModelError, load_model, load_tokenizer
 from chatglm3.adapters import load_adapter
 from chatglm3.chat import render
+from chatglm3.engines import Sampling, load_engine
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
+from pipelines.answering import ask_all
 from pipelines.folding import folded
 from pipelines.merging import MergeConfig, merge
+from pipelines.metrics import summarize
+from pipelines.model_folders import open_model
+from pipelines.questions import read_questions, score_answer
 from pipelines.weight_formats import through_nf4
-from tests.merge_inputs import demo_rows, kl, tuned_adapter, tuned_tiny
+from pipelines.yardstick import live_model
+from tests.merge_inputs import kl, trained_tiny, tuned_adapter
+
+SETTINGS: dict[str, Any] = {"score_rows": 8, "score_tokens": 48}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return demo_rows(tmp_path_factory.mktemp("data") / "data")
+def tuned(rows: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return trained_tiny(tmp_path_factory.mktemp("tuned") / "adapter", rows)
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tuned_tiny(tmp_path_factory.mktemp("tuned") / "adapter")
-
-
-def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, data: str, tmp_path: Path):
-    out = Path(merge(MergeConfig(adapter=tuned, data=data, format="w4a16", out=str(tmp_path / "model"))))
-    counts = storage.open_folder(out).receipt.counts
+def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, rows: str, tmp_path: Path):
+    config = MergeConfig(adapter=tuned, format="w4a16", out=str(tmp_path / "model"), **SETTINGS)
+    out = Path(merge(config))
+    receipt = storage.open_folder(out).receipt
+    counts = receipt.counts
     assert 0 < counts["kl"] < 0.1
     assert 0.9 < counts["top1"] <= 1
+    assert abs(counts["loss"] - counts["reference_loss"]) < 0.1
+    assert receipt.inputs[rows] == storage.open_folder(rows).digest
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
     for name in ("NF4 base with live adapter", "merged, bf16", "merged, w4a16"):
         assert name in page
         assert f"| {name} | " in card
     assert "<svg" in page
-    nearest = merge(MergeConfig(adapter=tuned, data=data, format="w4a16", calibrate=False, out=str(tmp_path / "near")))
+    assert "rank 16, alpha 32, targets" in card
+    assert "base format nf4, learning rate 0.004, epochs 0.5, batch size 4, seed 1 |" in card
+    nearest = merge(config.model_copy(update={"calibrate": False, "out": str(tmp_path / "near")}))
     assert counts["kl"] < storage.open_folder(nearest).receipt.counts["kl"], "GPTQ is nearer than the nearest values"
 
 
-def test_onto_auto_keeps_what_answers_better(tuned: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = MergeConfig(adapter=tuned, data=data, format="nf4", out=str(tmp_path / "model"))
+def test_answers_to_questions_are_scored_as_evaluate_scores_them(tuned: str, rows: str, tmp_path: Path):
+    out = Path(merge(MergeConfig(adapter=tuned, out=str(tmp_path / "model"), **SETTINGS)))
+    questions = read_questions(Path(rows, "dev"), 8)
+    engine = load_engine("transformers", out, dtype="bfloat16")
+    instructions = [row["instruction"] for row in questions]
+    try:
+        given = asyncio.run(ask_all(engine, load_tokenizer(out), instructions, "chat", Sampling(max_tokens=48)))
+    finally:
+        engine.close()
+    scores = summarize([score_answer(row, answer.text) for row, answer in zip(questions, given, strict=True)])
+    counts = storage.open_folder(out).receipt.counts
+    assert counts["questions"] == 8
+    assert counts["same_answers"] >= 4
+    assert (counts["exact_match"], counts["f1"]) == (
+        round(scores["exact_match"].value, 4),
+        round(scores["f1"].value, 4),
+    )
+    for text in ((out / "report.html").read_text(), (out / "README.md").read_text()):
+        assert "exact match" in text
+        assert f"{counts['same_answers']} of 8" in text
+
+
+def test_onto_auto_keeps_what_answers_better(tuned: str, tmp_path: Path):
+    config = MergeConfig(adapter=tuned, format="nf4", score_rows=0, out=str(tmp_path / "model"))
     losses = {}
     for onto in ("16bit", "nf4", "auto"):
         out = merge(config.model_copy(update={"onto": onto}))
@@ -54,16 +86,17 @@ def test_onto_auto_keeps_what_answers_better(tuned: str, data: str, tmp_path: Pa
     assert {path.name for path in Path(out).iterdir() if path.is_dir()} == set()
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.999])
 def test_a_bad_merge_is_refused_and_says_by_how_much(
-    tuned: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factor: float, tuned: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The commonest silent mistakes: the adapter is folded in twice, and into 4-bit weights in place."""
 
     def folded_twice_in_place(weight: torch.Tensor, updates: Any) -> torch.Tensor:
         return folded(through_nf4(folded(weight, updates).bfloat16()), updates)
 
-    config = MergeConfig(adapter=tuned, data=data, out=str(tmp_path / "model"))
-    right = storage.open_folder(merge(config)).receipt.counts
+    config = MergeConfig(adapter={tuned: factor}, data=rows, out=str(tmp_path / "model"), **SETTINGS)
+    right = storage.open_folder(merge(config)).receipt
     monkeypatch.setattr("pipelines.folding.folded", folded_twice_in_place)
     bad = config.model_copy(update={"out": str(tmp_path / "bad")})
     with pytest.raises(
@@ -72,8 +105,64 @@ def test_a_bad_merge_is_refused_and_says_by_how_much(
         merge(bad)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "bad").exists()
-    wrong = storage.open_folder(merge(bad.model_copy(update={"keep": True}))).receipt.counts
-    assert right["kl"] < 0.05 < 0.1 < wrong["kl"]
+    report = tmp_path / "bad-refused.html"
+    assert f"look at {report}; " in str(error.value)
+    assert "merged, bf16" in report.read_text()
+    wrong = storage.open_folder(merge(bad.model_copy(update={"keep": True}))).receipt
+    assert not report.exists()
+    assert right.counts["kl"] < 0.05 < 0.1 < wrong.counts["kl"]
+    assert right.facts["verdict"] == "within the limits"
+    assert wrong.facts["verdict"].startswith("past the limits, kept by --keep true: KL ")
+    assert f"| verdict | {wrong.facts['verdict']} |" in (tmp_path / "bad/README.md").read_text()
+
+
+def test_a_limit_refuses_whatever_the_loss_is(tuned: str, tmp_path: Path):
+    config = MergeConfig(adapter=tuned, max_kl=1e-5, min_top1=1, score_rows=0, out=str(tmp_path / "model"))
+    with pytest.raises(StageError, match=r"KL 0.\d+, the limit is 1e-05; .*--keep true"):
+        merge(config)
+
+
+def test_several_adapters_are_measured_beside_their_live_sum(tuned: str, rows: str, tmp_path: Path):
+    """PEFT's own, not what the folding makes of them."""
+    base, parts = tmp_path / "base", {}
+    for name, std in (("one", 0.3), ("two", 0.3)):
+        tuned_adapter("tiny", tmp_path / name, std)
+        parts[str(tmp_path / name)] = {"one": 0.6, "two": -0.4}[name]
+    with torch.inference_mode():
+        ids = torch.arange(5, 60)[None]
+        live = live_model(open_model("tiny", "--base").path, parts, in_nf4=False)(ids).logits.float()
+        plain = load_model("tiny", dtype=torch.bfloat16)(ids).logits.float()
+    config = MergeConfig(adapter=parts, base="tiny", prompt_format="chat", measure=False, out=str(base))
+    with torch.inference_mode():
+        merged = load_model(merge(config))(ids).logits.float()
+    assert kl(live, merged) < 0.02 * kl(live, plain)
+
+
+@pytest.mark.parametrize(("weight_format", "split"), [("bf16", "dev"), ("w4a16", "train")])
+def test_a_data_folder_without_rows_is_refused_and_without_one_it_says_that_it_does_not_measure(
+    weight_format: Any, split: str, tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model"))
+    merge(config)
+    printed = capsys.readouterr().out
+    assert "merge: not measured, because no receipt names rows to go by; give a folder that prepare wrote" in printed
+    assert ("merge: not calibrated, each value is the nearest, because" in printed) == (weight_format == "w4a16")
+    if weight_format == "w4a16":
+        config = config.model_copy(update={"measure": False})
+    with pytest.raises(StageError, match=rf"--data /nowhere has no {split} rows to go by; give a folder that prepare"):
+        merge(config.model_copy(update={"data": "/nowhere"}))
+
+
+def test_a_large_model_is_measured_without_a_gpu_only_if_that_is_asked_for(
+    tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipelines.merge_rows.QUICK_BYTES", 1 << 20)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    merge(MergeConfig(adapter=tuned, out=str(tmp_path / "model")))
+    assert (
+        "merge: not measured, because 0.0 GB of weights take long without a GPU; --measure true does it all the same"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_model_of_the_bare_format_is_not_measured_on_conversations(tmp_path: Path):

@@ -190,7 +190,8 @@ def test_what_train_told_is_carried_over_and_the_base_is_found_by_it(adapter: Pa
     receipt = storage.open_folder(out, "merge").receipt
     assert receipt.facts == {
         **FACTS, "base": str(base), "base_digest": digest(base), "tokenizer": load_tokenizer(base).fingerprint,
-        "format": "int8", "onto": "16bit",
+        "recipe": {str(adapter): {"rank": 4, "alpha": 8, "targets": " ".join(sorted(TARGETS))}},
+        "format": "int8", "onto": "16bit", "license": "chatglm3-6b-model-license", "verdict": "not measured",
     }  # fmt: skip
     assert receipt.counts["bytes"] > 1_000_000
     assert set(receipt.inputs) == {str(base), str(adapter)}
@@ -386,6 +387,36 @@ def test_what_cannot_be_merged_is_refused_in_one_line_and_leaves_nothing(
         merge(config)
     assert "\n" not in str(error.value)
     assert not any((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": "tiny", "calibrate": True}, "calibrate: bf16 has nothing to calibrate, only w4a16 has; leave it out"),
+        ({"base": "tiny", "onto": "nf4"}, "onto: without --adapter there is nothing to add to nf4; leave it out"),
+        ({"onto": "auto", "measure": False}, "measure: --onto auto chooses by measuring; leave --measure false out"),
+        ({"adapter": {"A": 0}}, 'adapter: A has the factor 0, which .*"{out/one: 0.7, out/two: 0.3}"'),
+        ({"adapter": {"A": "abc"}}, "adapter: A has the factor 'abc', which .*\"{out/one: 0.7, out/two: 0.3}\""),
+        ({"adapter": "A,B"}, 'adapter: there is no folder A,B; give several .*"{out/one: 0.7, out/two: 0.3}"'),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(StageError, match=f"^flags: {message}"):
+        MergeConfig.parse(settings, "flags")
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "nf4"])
+def test_the_card_says_who_loads_the_format_and_under_which_licence(weight_format: Any, base: Path, tmp_path: Path):
+    licensed = shutil.copytree(base, tmp_path / "licensed")
+    (licensed / "MODEL_LICENSE").write_text("The ChatGLM3-6B License")
+    cards = {}
+    for name in ("tiny", str(base), str(licensed)):
+        out = Path(merge(MergeConfig(base=name, format=weight_format, out=str(tmp_path / "model"))))
+        cards[name] = (out / "README.md").read_text()
+    assert ("vLLM does not: it has no bitsandbytes" in cards["tiny"]) == (weight_format == "nf4")
+    assert "license: apache-2.0\n---" in cards["tiny"]
+    assert "license_name: chatglm3-6b-model-license\n---" in cards[str(base)]
+    assert "license_name: chatglm3-6b-model-license\nlicense_link: MODEL_LICENSE\n---" in cards[str(licensed)]
 
 
 def test_a_prompt_format_against_the_receipt_is_refused(adapter: Path, tmp_path: Path):
