@@ -1,10 +1,14 @@
 """Packed blocks, and which one a worker takes at a step: arithmetic on (seed, epoch, step, rank, world size)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+
+Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,15 @@ class BlockOrder:
         order = _permutation(self.blocks, self.seed, epoch)
         return [int(i) for i in order[place * self.per_step : (place + 1) * self.per_step]]
 
-    def share(self, step: int, rank: int, world: int) -> list[int]:
-        """The blocks of one worker at `step`; the workers' shares differ by at most one block."""
-        return self.step(step)[rank::world]
+
+def share(work: Sequence[Work], rank: int, world: int, equal: bool = False) -> list[tuple[Work, bool]]:
+    """What one of `world` workers computes of `work`, and of each whether it counts.
+
+    Shares differ by at most one; with `equal`, who has one less computes another's too, which does not count.
+    """
+    mine = work[rank::world]
+    missing = -(-len(work) // world) - len(mine)
+    return [(each, True) for each in mine] + [(each, False) for each in work[: missing * equal]]
 
 
 @lru_cache(maxsize=2)

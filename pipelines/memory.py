@@ -91,15 +91,21 @@ def needed_gb(model: GlmConfig, config: "TrainConfig", tokens: int, recompute: b
     layers = model.num_hidden_layers
     # Recomputing keeps each layer's input, and all of the layer that is at work.
     numbers = layers * bytes_each * model.hidden_size + kept if recompute else layers * kept
-    fixed = base_bytes(model, config.base_format) + 16 * _adapter_weights(model, config)
+    # Workers that share the base out hold a part each, and the whole of the layer that is at work.
+    workers = (config.min_workers or config.workers) if config.strategy == "zero3" else 1
+    fixed = base_bytes(model, config.base_format, workers) + 16 * _adapter_weights(model, config)
     return (fixed + tokens * numbers) / 1e9 + CHUNK_GB
 
 
-def base_bytes(model: GlmConfig, base_format: BaseFormat) -> float:
-    """The frozen base: linear layers in its format, embeddings and the output layer in 16 or 32 bits."""
-    linear = model.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(model).values())
+def base_bytes(model: GlmConfig, base_format: BaseFormat, workers: int = 1) -> float:
+    """The frozen base: linear layers in its format, embeddings and the output layer in 16 or 32 bits.
+
+    Of linear layers shared out among `workers`, what one of them holds: its part, and one layer that is gathered.
+    """
+    layer = sum(rows * columns for rows, columns in linear_shapes(model).values())
+    layers = model.num_hidden_layers / workers + (workers > 1)
     tables = 2 * model.vocab_size * model.hidden_size
-    return linear * BYTES_A_WEIGHT[base_format] + tables * (4 if base_format == "fp32" else 2)
+    return layers * layer * BYTES_A_WEIGHT[base_format] + tables * (4 if base_format == "fp32" else 2)
 
 
 def linear_shapes(model: GlmConfig) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 SECONDS_BETWEEN_LINES = 20  # without a terminal, a bar becomes lines
 DEV_METRICS = {"dev_loss": "dev", "dev_exact_match": "exact match", "dev_f1": "F1"}
+BESIDE_STEPS = ("evaluating_seconds", "answering_seconds", "saving_seconds", "starting_seconds", "lost_seconds")
+"""What workers do beside the steps' own `seconds`; lost are steps that a fault had computed again."""
 
 
 class MetricsLog:
@@ -30,16 +32,21 @@ class MetricsLog:
         self._folder, self._rewritten = folder, folder / f"metrics.{uuid.uuid4().hex}.partial"
         self._rewritten.touch()
 
-    def begin(self, step: int) -> None:
-        """Go on behind `step`. FileNotFoundError if another worker has come since."""
+    def begin(self, step: int) -> float:
+        """Go on behind `step`; the workers' seconds that later steps had taken, which are computed again.
+
+        FileNotFoundError if another worker has come since.
+        """
         path = self._folder / "metrics.jsonl"
         # Steps after the checkpoint are computed again: the curve must hold each step once.
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        rows = read_metrics(path)
+        kept = [row for row in rows if row["step"] <= step]
         self._file = self._rewritten.open("r+", encoding="utf-8", buffering=1)  # makes no file where there is none
         self._file.writelines(json.dumps(row) + "\n" for row in kept)
         self._file.flush()
         self._rewritten.replace(path)  # a worker killed in between must not leave a curve that has lost its beginning
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        return sum(held_seconds(row) * row["workers"] for row in rows if row["step"] > step)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step."""
@@ -58,6 +65,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
+def held_seconds(row: dict[str, Any]) -> float:
+    """How long a row's step held its workers, with all that was done beside it."""
+    return float(row["seconds"] + sum(row.get(name, 0) for name in BESIDE_STEPS))
+
+
 def mean_utilisation(rows: list[dict[str, Any]]) -> float | None:
     """Of the bf16 matrix roof over those steps; None where a device's roof is not known."""
     known = [row for row in rows if "utilisation" in row]
@@ -74,9 +86,6 @@ class LossBoard:
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> "LossBoard":
-        done = len(read_metrics(self._path))
-        if done:
-            print(f"train: resuming: an earlier run of this reached step {done}; going on from its last checkpoint")
         self._thread.start()
         return self
 
@@ -114,7 +123,8 @@ def describe(rows: list[dict[str, Any]], steps: int) -> str:
     loss, seconds, tokens = (sum(row[name] for row in recent) for name in ("loss", "seconds", "tokens"))
     last = {name: row[name] for row in rows for name in DEV_METRICS if name in row}
     dev = "".join(f" {DEV_METRICS[name]} {value:.3f}" for name, value in last.items())
-    left = timedelta(seconds=round((steps - len(rows)) * seconds / len(recent)))
+    between = sum(row.get(name, 0) for row in rows for name in BESIDE_STEPS[:3]) / len(rows)
+    left = timedelta(seconds=round((steps - len(rows)) * (seconds / len(recent) + between)))
     waiting = sum(row["waiting_seconds"] for row in recent) / seconds
     utilisation = f"{used:.0%} of the bf16 roof, " if (used := mean_utilisation(recent)) is not None else ""
     return (

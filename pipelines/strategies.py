@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ class Workers(Protocol):
     equal_rounds: bool
     """Whether each worker must compute as many batches as the others."""
 
-    def losses(self, batches: Iterable[PackedBatch], counted: int, target_count: int, seed: str) -> Tensor:
-        """Forward and backward; the global mean loss. Only the first `counted` batches count."""
+    def losses(self, batches: Iterable[PackedBatch], counts: list[bool], target_count: int, seed: str) -> Tensor:
+        """Forward and backward; the global mean loss. `counts` says which batches do, as `blocks.share` does."""
 
     def update(self, rate: float) -> Tensor:
         """An optimizer step at that learning rate; the gradient's norm before clipping."""
@@ -33,6 +34,15 @@ class Workers(Protocol):
 
     def whole(self) -> Any:
         """A context in which the adapters are whole on this worker."""
+
+
+def any_worker(said: bool, device: torch.device) -> bool:
+    """Whether any of the workers says so; all get the same answer."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return said
+    voices = torch.tensor(float(said), device=device)
+    dist.all_reduce(voices)
+    return bool(voices.item() > 0)
 
 
 def adamw(parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.AdamW:
@@ -51,8 +61,8 @@ class Replicated:
         if state:
             optimizer.load_state_dict(state)
 
-    def losses(self, batches: Iterable[PackedBatch], counted: int, target_count: int, seed: str) -> Tensor:
-        """See Workers."""
+    def losses(self, batches: Iterable[PackedBatch], counts: list[bool], target_count: int, seed: str) -> Tensor:
+        """See Workers. All batches count: `equal_rounds` is false."""
         return sum_over_workers(self.parameters, run_batches(self.model, batches, target_count, seed))
 
     def update(self, rate: float) -> Tensor:

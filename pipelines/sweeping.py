@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import itertools
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -19,6 +21,7 @@ from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.block_files import BlockFile
 from pipelines.model_folders import open_model
+from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.report_page import as_svg, drawing, grid, write_page
 from pipelines.training import TrainConfig, make_plan
 from pipelines.worker import Training, TrainingPlan
@@ -34,7 +37,8 @@ EVALUATIONS = 8  # of each trial, at which it may be stopped
 class SweepConfig(Config):
     """Try settings of train on the same rows and write the best as run.yaml.
 
-    Each trial is one worker with one GPU, if there are any; as many run at once as the cluster has room for. After an
+    Each trial is one worker with one GPU, if there are any, and holds the whole base (ddp) whatever --train.strategy
+    says; as many run at once as the cluster has room for. After an
     eighth of its steps, and then at each evaluation, a trial goes on only if its dev loss is among the best third of
     those that came as far (ASHA, arXiv:1810.05934). Neither workers nor GPUs change a loss curve, so the best settings
     are the best on any cluster.
@@ -42,14 +46,14 @@ class SweepConfig(Config):
 
     train: TrainConfig = TrainConfig()
     """Settings of all trials, as of the train stage; --train.data and --train.base above all."""
-    ranks: list[int] = Field([8, 16, 32], min_length=1)
+    ranks: Annotated[list[int], ONE_OR_MORE] = Field([8, 16, 32], min_length=1)
     """Ranks to try; alpha is twice the rank."""
-    learning_rates: list[float] = Field([3e-4, 1e-3, 3e-3], min_length=1)
+    learning_rates: Annotated[list[float], ONE_OR_MORE] = Field([3e-4, 1e-3, 3e-3], min_length=1)
     """Learning rates to try."""
-    targets: list[Literal["qkv", "attention", "all"]] = Field(["qkv", "all"], min_length=1)
+    targets: Annotated[list[Literal["qkv", "attention", "all"]], ONE_OR_MORE] = Field(["qkv", "all"], min_length=1)
     """Layers with adapters to try."""
     trials: int = Field(8, ge=1)
-    """How many combinations, drawn at random."""
+    """How many combinations, drawn at random, each at most once."""
     at_once: int = Field(0, ge=0)
     """Trials at a time; 0: as many as the cluster has room for."""
     out: str = "out/sweep"
@@ -67,7 +71,8 @@ def sweep(config: SweepConfig) -> str:
     gpus = session.gpus_per_worker(config.train.use_gpu)
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     run = Path(f"{Path(config.out)}.run").resolve() / f"sweep-{digest[:16]}"
-    plan = make_plan(config.train.model_copy(update={"workers": 1, "score_rows": 0}), base, data, run, gpus)
+    alone = {"workers": 1, "min_workers": None, "strategy": "ddp", "score_rows": 0}
+    plan = make_plan(config.train.model_copy(update=alone), base, data, run, gpus)
     if not BlockFile(plan.dev_blocks).target_counts.any():
         raise StageError(f"--train.data {config.train.data} has no dev rows to judge by; prepare with a --dev_share")
     receipt = storage.receipt_of("sweep", config, inputs={config.train.data: data.digest})
@@ -85,20 +90,18 @@ def sweep(config: SweepConfig) -> str:
 def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -> Iterator[dict[str, Any]]:
     """The settings of each trial with its lowest dev loss and its (step, dev loss) points."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose first lines no setting turns off
-    space = {"rank": config.ranks, "learning_rate": config.learning_rates, "targets": config.targets}
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_trial, plan=plan.model_dump(), on_gpu=bool(gpus)), {"cpu": 1, "gpu": gpus}
         ),
-        param_space={name: tune.choice(values) for name, values in space.items()},
+        param_space={"settings": tune.grid_search(draw_trials(config))},
         tune_config=tune.TuneConfig(
             metric="dev_loss",
             mode="min",
-            num_samples=config.trials,
             scheduler=ASHAScheduler(
                 time_attr="step", max_t=plan.steps, grace_period=max(1, plan.steps // EVALUATIONS), reduction_factor=3
             ),
-            search_alg=BasicVariantGenerator(max_concurrent=config.at_once, random_state=config.train.seed),
+            search_alg=BasicVariantGenerator(max_concurrent=config.at_once),
         ),
         run_config=tune.RunConfig(name="trials", storage_path=str(run), verbose=0),
     )
@@ -108,11 +111,22 @@ def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -
     for result in grid_of_results:
         if result.error is None:
             points = result.metrics_dataframe[["step", "dev_loss"]].to_numpy().tolist()
-            yield result.config | {"dev_loss": min(loss for _, loss in points), "points": points}
+            yield result.config["settings"] | {"dev_loss": min(loss for _, loss in points), "points": points}
 
 
-def _trial(settings: dict[str, Any], plan: dict[str, Any], on_gpu: bool) -> None:
+def draw_trials(config: SweepConfig) -> list[dict[str, Any]]:
+    """The combinations to try: all of them, or as many as there are to be trials, drawn by the seed."""
+    names = ("rank", "learning_rate", "targets")
+    every = [
+        dict(zip(names, each, strict=True))
+        for each in itertools.product(config.ranks, config.learning_rates, config.targets)
+    ]
+    return random.Random(config.train.seed).sample(every, min(config.trials, len(every)))
+
+
+def _trial(config: dict[str, Any], plan: dict[str, Any], on_gpu: bool) -> None:
     """One training without checkpoints, which are cheaper to do again than to keep."""
+    settings = config["settings"]
     lora = {"rank": settings["rank"], "alpha": 2 * settings["rank"], "targets": TARGETS[settings["targets"]]}
     plan = plan | {"learning_rate": settings["learning_rate"], "lora": plan["lora"] | lora}
     device = torch.device("cuda" if on_gpu else "cpu")  # a node shows its GPUs to trials that were given none too

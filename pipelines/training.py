@@ -1,42 +1,40 @@
 """Instruction rows and a base model in; a LoRA adapter out, trained on any number of workers."""
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import ray.train
-from pydantic import Field
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from pydantic import Field, model_validator
+from ray.train import Checkpoint
 
-from chatglm3 import ModelError
 from chatglm3.chat import PromptFormat
 from chatglm3.checkpoint import read_config
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.block_files import BlockFile
+from pipelines.checkpoint_store import CheckpointStore
 from pipelines.memory import Memory, choose_memory
 from pipelines.model_folders import ModelFolder, open_model
+from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.packing import PackingConfig, pack_split
-from pipelines.progress import LossBoard
 from pipelines.spot_checks import draw_questions
 from pipelines.step import BaseFormat
 from pipelines.strategies import Strategy
-from pipelines.trackers import TrackerName, require, tracked
+from pipelines.trackers import TrackerName, require
 from pipelines.training_report import write_training_report
-from pipelines.worker import TrainingPlan, train_worker
+from pipelines.training_run import run_plan
+from pipelines.worker import TrainingPlan
 
-SECONDS_BETWEEN_RESIZES = 20.0
-"""How long a new node may stand idle beside a run of --min_workers; each change of size restarts the workers."""
+BESIDE_THE_CURVE = "beside the curve"
+"""Marks the settings that do not change a loss curve: a run goes on when they do. What stands in the folders of data
+and base does change it, but not where these are."""
 
 
 class LoraSettings(Config):
@@ -48,9 +46,9 @@ class LoraSettings(Config):
     """Scale of the update: alpha / rank."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout before the update."""
-    targets: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"], min_length=1
-    )
+    targets: Annotated[
+        list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]], ONE_OR_MORE
+    ] = Field(["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"], min_length=1)
     """Linear layers that get an adapter."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks learning (rsLoRA, arXiv:2312.03732)."""
@@ -65,11 +63,11 @@ class TrainConfig(Config):
     predecessor's flags and its --train_args_json file are accepted too.
     """
 
-    data: str = "out/data"
+    data: Annotated[str, BESIDE_THE_CURVE] = "out/data"
     """Folder written by prepare."""
-    base: str = "tiny"
+    base: Annotated[str, BESIDE_THE_CURVE] = "tiny"
     """Model folder: an official ChatGLM3 download, a folder written by merge, or tiny."""
-    out: str = "out/adapter"
+    out: Annotated[str, BESIDE_THE_CURVE] = "out/adapter"
     """Folder to write; OUT.run beside it holds checkpoints. Nodes of a cluster must share it."""
     prompt_format: PromptFormat = "chat"
     """chat: ChatGLM3's own turns; bare: the predecessor's plain text."""
@@ -99,19 +97,22 @@ class TrainConfig(Config):
     """Gradients are scaled down to this norm."""
     eval_steps: int = Field(0, ge=0)
     """Measure the loss on the dev rows every so many steps; 0: after each epoch."""
-    score_rows: int = Field(32, ge=0)
+    score_rows: Annotated[int, BESIDE_THE_CURVE] = Field(32, ge=0)
     """Dev questions, always the same, that are answered and scored too whenever the dev loss is measured; 0: none."""
-    score_tokens: int = Field(128, ge=1)
+    score_tokens: Annotated[int, BESIDE_THE_CURVE] = Field(128, ge=1)
     """Longest of these answers in tokens."""
     patience: int = Field(0, ge=0)
     """Stop after so many evaluations without a lower dev loss, and keep the adapter that had the lowest; 0: go on to
-    the last step, and keep its adapter."""
-    save_steps: int = Field(50, ge=0)
+    the last step."""
+    keep: Annotated[Literal["last", "best"], BESIDE_THE_CURVE] = "last"
+    """Which adapter is OUT's: that of the last step, or of the lowest dev loss. Given to a finished run, best takes
+    the best of the checkpoints that are left."""
+    save_steps: Annotated[int, BESIDE_THE_CURVE] = Field(50, ge=0)
     """Write a checkpoint every so many steps; 0: after each epoch. Each evaluation and a node's notice that it will be
-    taken away write one too. Training goes on meanwhile."""
-    keep_checkpoints: int = Field(2, ge=1)
+    taken away write one too. Training goes on meanwhile; what falls due during an upload is skipped."""
+    keep_checkpoints: Annotated[int, BESIDE_THE_CURVE] = Field(2, ge=1)
     """How many checkpoints stay: those of lowest dev loss, and always the newest."""
-    storage: str = ""
+    storage: Annotated[str, BESIDE_THE_CURVE] = ""
     """Where checkpoints go, a folder or an address such as s3://bucket/path; unless given, OUT.run."""
     recompute: bool | None = None
     """Compute activations again in the backward pass: less memory, a third slower. Unless given: if a GPU has no
@@ -120,23 +121,31 @@ class TrainConfig(Config):
     """Prompt ids that are kept (bare format only; the chat format cuts nothing)."""
     max_output_length: int = Field(512, ge=2)
     """Answer ids that are kept (bare format only)."""
-    strategy: Strategy = "ddp"
+    strategy: Annotated[Strategy, BESIDE_THE_CURVE] = "ddp"
     """ddp: every worker holds the whole base, right while one GPU has room for it (ChatGLM3-6B in NF4: 4 GB); zero2:
     DeepSpeed shards gradients and optimizer; zero3: the base too, at a gather for each layer. The curve is the same."""
-    workers: int = Field(1, ge=1)
+    workers: Annotated[int, BESIDE_THE_CURVE] = Field(1, ge=1)
     """Worker processes. The loss curve does not depend on it."""
-    min_workers: int | None = Field(None, ge=1)
+    min_workers: Annotated[int | None, BESIDE_THE_CURVE] = Field(None, ge=1)
     """Go on with as few workers as this when nodes are lost, and with more again when there are nodes for them; unless
     given, wait for all of --workers."""
-    use_gpu: bool | None = None
+    use_gpu: Annotated[bool | None, BESIDE_THE_CURVE] = None
     """Give each worker a GPU; unless given, whether the cluster has GPUs now (nodes scaled to zero do not count)."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: Annotated[int, BESIDE_THE_CURVE] = Field(3, ge=0)
     """How often dead workers are replaced."""
-    trackers: list[TrackerName] = Field([])
-    """Where metrics go besides TensorBoard, such as [mlflow, wandb]. Their own environment variables say to which
-    server and project, and hold the keys."""
+    trackers: Annotated[list[TrackerName], ONE_OR_MORE, BESIDE_THE_CURVE] = Field([])
+    """Where metrics go besides TensorBoard, such as mlflow or mlflow,wandb. Their own environment variables say to
+    which server and project, and hold the keys."""
     seed: int = 42
     """Seed of the adapter's start, the order of blocks and dropout."""
+
+    @model_validator(mode="after")
+    def _can_have_so_few(self) -> Self:
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than workers {self.workers}; it is the least of them"
+            )
+        return self
 
 
 def train(config: TrainConfig) -> str:
@@ -149,12 +158,13 @@ def train(config: TrainConfig) -> str:
     if _finished(config, digest):
         print(f"train: {config.out} is finished already with this data and these settings; nothing to do")
         return config.out
+    run = Path(f"{Path(config.out)}.run").resolve() / f"run-{digest[:16]}"
+    store = CheckpointStore(_store_address(config, run), run.name)
     session.connect()
     gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.min_workers or config.workers, 1, gpus)
-    run = Path(f"{Path(config.out)}.run").resolve() / f"run-{digest[:16]}"
     plan = make_plan(config, base, data, run, gpus)
-    result = _fit(config, plan, gpus)
+    best, metrics = _published(plan.keep, run_plan(config, plan, store, gpus))
     facts = {
         "base": base.location,
         "base_digest": base_digest,
@@ -166,16 +176,37 @@ def train(config: TrainConfig) -> str:
         "run": digest,
     }
     receipt = storage.receipt_of("train", config, inputs={config.data: data.digest}, facts=facts)
-    with storage.publish(config.out, receipt) as folder:
-        with _published(config, result).as_directory() as checkpoint:
-            shutil.copytree(Path(checkpoint) / "adapter", folder, dirs_exist_ok=True)
-        for name in ("metrics.jsonl", "tensorboard"):
-            _copy(Path(plan.folder) / name, folder / name)
-        receipt.counts.update(write_training_report(folder, config.model_dump(), gpus))
-        receipt.seconds = round(time.monotonic() - started, 1)
-    steps = receipt.counts["steps"]
-    print(f"train: {steps} steps, curves in {config.out}/report.html; next: merge --adapter {config.out}")
+    receipt.counts["adapter_of_step"] = metrics["step"]
+    with best.as_directory() as checkpoint:
+        _publish(config, Path(checkpoint) / "adapter", Path(plan.folder), receipt, gpus, started)
+    _tell_of_the_end(config.out, plan.keep, receipt.counts)
     return config.out
+
+
+def _publish(
+    config: TrainConfig, adapter: Path, run: Path, receipt: storage.Receipt, gpus: int, started: float
+) -> None:
+    try:
+        with storage.publish(config.out, receipt) as folder:
+            shutil.copytree(adapter, folder, dirs_exist_ok=True)
+            shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
+            shutil.copytree(run / "tensorboard", folder / "tensorboard")
+            receipt.counts.update(write_training_report(folder, config.model_dump(), gpus))
+            receipt.seconds = round(time.monotonic() - started, 1)
+    except OSError as error:
+        # Of many files, copytree tells (from, to, why) of each.
+        why = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        raise StageError(
+            f"--out {config.out} cannot be written: {why}; mend that, and the same command writes it without training"
+        ) from error
+
+
+def _tell_of_the_end(out: str, keep: str, counts: dict[str, int | float]) -> None:
+    kept, lowest = counts["adapter_of_step"], counts.get("lowest_dev_loss_at_step")
+    print(f"train: {counts['steps']} steps, curves in {out}/report.html; {out} holds the adapter of step {kept}")
+    if keep == "last" and lowest not in (None, kept):
+        print(f"train: the dev loss was lowest at step {lowest}: the same command with --keep best takes that adapter")
+    print(f"train: next: merge --adapter {out}")
 
 
 def _inputs(config: TrainConfig) -> tuple[storage.Folder, ModelFolder]:
@@ -198,11 +229,11 @@ def _inputs(config: TrainConfig) -> tuple[storage.Folder, ModelFolder]:
     return data, base
 
 
-def _published(config: TrainConfig, result: ray.train.Result) -> Checkpoint:
-    """The newest checkpoint or, with `patience`, the one of lowest dev loss."""
-    if not config.patience:
-        return result.checkpoint
-    return min(result.best_checkpoints, key=lambda kept: kept[1]["dev_loss"])[0]
+def _published(keep: str, result: ray.train.Result) -> tuple[Checkpoint, dict[str, Any]]:
+    """The newest checkpoint or the one of lowest dev loss, as `keep` says; and its metrics."""
+    if keep == "best":
+        return min(result.best_checkpoints, key=lambda kept: kept[1]["dev_loss"])
+    return result.checkpoint, result.metrics
 
 
 def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, folder: Path, gpus: int) -> TrainingPlan:
@@ -215,6 +246,12 @@ def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, fold
     counts = storage.open_folder(Path(blocks["train"]).parent).receipt.counts
     if not BlockFile(blocks["train"]).target_counts.any():
         raise StageError(f"--data {config.data} holds no training rows with an answer; run prepare again")
+    keep: Literal["last", "best"] = "best" if config.patience else config.keep
+    if keep == "best" and not BlockFile(blocks["dev"]).target_counts.any():
+        raise StageError(
+            f"--patience and --keep best go by the dev loss, but --data {config.data} has no dev rows; "
+            f"prepare it with a --dev_share, or leave them out"
+        )
     questions = folder / "questions.jsonl"
     has_questions = draw_questions(data.path / "dev", config.score_rows, questions)
     per_step = max(1, round(config.batch_size * counts["blocks"] / counts["examples"]))
@@ -222,10 +259,11 @@ def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, fold
     steps = min(math.ceil(config.epochs * steps_per_epoch), config.max_steps or 10**12)
     _tell(counts, steps, per_step, memory, config.workers)
     return TrainingPlan(
-        **config.model_dump(include=set(TrainingPlan.model_fields) - {"base", "block_tokens", "recompute"}),
+        **config.model_dump(include=set(TrainingPlan.model_fields) - {"base", "block_tokens", "recompute", "keep"}),
         base=base.location,
         block_tokens=memory.block_tokens,
         recompute=memory.recompute,
+        keep=keep,
         folder=str(folder),
         train_blocks=blocks["train"],
         dev_blocks=blocks["dev"],
@@ -253,116 +291,19 @@ def _tell(counts: dict[str, Any], steps: int, per_step: int, memory: Memory, wor
 _PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}
 
 
-def _fit(config: TrainConfig, plan: TrainingPlan, gpus: int) -> ray.train.Result:
-    folder = Path(plan.folder)
-    if config.min_workers:
-        # A start on a node that is gone is given up sooner. Nodes that are there give their CPUs within a second;
-        # another timeout is only another try.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=plan.model_dump(),
-        scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
-            use_gpu=bool(gpus),
-            resources_per_worker=_share(gpus),
-            elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,
-        ),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=_storage(config, folder),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.keep_checkpoints,
-                checkpoint_score_attribute="dev_loss",
-                checkpoint_score_order="min",
-            ),
-            callbacks=[LastingErrors(), FreshCount()] if config.min_workers else [LastingErrors()],
-        ),
-    )
-    try:
-        with LossBoard(folder / "metrics.jsonl", plan.steps), tracked(config.trackers, folder, config.model_dump()):
-            return trainer.fit()
-    except SystemExit:  # Ray Train's own answer to Ctrl-C, after it has ended the workers
-        raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        if isinstance(lasting := getattr(error, "controller_failure", None), StageError):
-            raise lasting from error
-        raise StageError(
-            f"training failed: {_cause(error)}; the same command goes on from the last checkpoint"
-        ) from error
-
-
-class FreshCount(ray.train.UserCallback):
-    """Counts the nodes anew when workers failed. What Ray Train knows of them is up to 20 s old, which no setting
-    changes: it would try to start workers on the node that died until then.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ask Ray's coordinator, which Ray Train asks next, to look."""
-        with contextlib.suppress(ImportError, ray.exceptions.RayError):  # it would only be slower
-            from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-                get_or_create_autoscaling_coordinator,
-            )
-
-            coordinator = get_or_create_autoscaling_coordinator()
-            ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=5)
-
-
-def _lasts(error: Exception) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or isinstance(error, (StageError, ModelError, FloatingPointError, ValueError))
-
-
-class LastingErrors(ray.train.UserCallback):
-    """Ends the run at an error that new workers would only meet again; Ray Train tries again after every error."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise StageError, which ends the run, if all of the workers' errors are such."""
-        errors = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
-        if not all(map(_lasts, errors)):
-            return
-        error, remedy = errors[0], "mend that, and the same command goes on from the last checkpoint"
-        if isinstance(error, FloatingPointError):
-            remedy = "look at these rows, or lower --learning_rate"
-        raise StageError(f"training failed: {' '.join(str(error).split())}; {remedy}")
-
-
-def _storage(config: TrainConfig, folder: Path) -> str:
+def _store_address(config: TrainConfig, run: Path) -> str:
     if not config.storage:
-        return str(folder.parent)
+        return str(run.parent)
     return config.storage if "://" in config.storage else str(Path(config.storage).resolve())
-
-
-def _share(gpus: int) -> dict[str, float]:
-    return {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of the first failed worker's error."""
-    failures = getattr(error, "worker_failures", None) or {0: error.__cause__ or error}
-    lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-_CURVE_IGNORES = {"out", "workers", "min_workers", "use_gpu", "strategy", "max_failures"}
-_CURVE_IGNORES |= {"save_steps", "keep_checkpoints", "storage", "score_rows", "score_tokens", "trackers"}
 
 
 def _digest(config: TrainConfig, base_digest: str, data: storage.Folder) -> str:
     """Identity of the loss curve: data and settings, but not where it is written or on how many workers."""
-    settings = config.model_dump(exclude={"data", "base"} | _CURVE_IGNORES)
-    text = json.dumps([settings, base_digest, data.receipt.facts["dataset"]], sort_keys=True)
+    beside = {name for name, field in TrainConfig.model_fields.items() if BESIDE_THE_CURVE in field.metadata}
+    text = json.dumps([config.model_dump(exclude=beside), base_digest, data.receipt.facts["dataset"]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _finished(config: TrainConfig, digest: str) -> bool:
     receipt = storage.read_receipt(config.out) if Path(config.out).is_dir() else None
-    return receipt is not None and receipt.facts.get("run") == digest
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
+    return receipt is not None and (receipt.facts.get("run"), receipt.config.get("keep")) == (digest, config.keep)

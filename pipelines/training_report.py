@@ -1,10 +1,11 @@
 """The train stage's report.html: curves, throughput, waiting, memory and GPU hours, all from metrics.jsonl."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.progress import mean_utilisation, read_metrics
+from pipelines.progress import BESIDE_STEPS, held_seconds, mean_utilisation, read_metrics
 from pipelines.report_page import as_svg, drawing, pairs, write_page
 
 Row = dict[str, Any]
@@ -29,7 +30,9 @@ def write_training_report(folder: Path, settings: Mapping[str, Any], gpus: int) 
 
 
 def summary(rows: list[Row], gpus: int) -> dict[str, float]:
-    """What a run came to. Time is that of the steps: not of starting workers, nor of steps that were done again."""
+    """What a run came to. Speed is that of the steps that count; the hours are all that held the workers, from when
+    each could load the model: evaluating, saving, and what a fault had done again too.
+    """
     seconds = sum(row["seconds"] for row in rows)
     dev = [(row["dev_loss"], row["step"]) for row in rows if "dev_loss" in row]
     numbers = {
@@ -38,15 +41,15 @@ def summary(rows: list[Row], gpus: int) -> dict[str, float]:
         "tokens": sum(row["tokens"] for row in rows),
         "tokens_per_second": sum(row["tokens"] for row in rows) / seconds,
         "waiting_share": sum(row["waiting_seconds"] for row in rows) / seconds,
-        "gpu_hours" if gpus else "worker_hours": sum(row["seconds"] * row["workers"] for row in rows) / 3600,
+        "gpu_hours" if gpus else "worker_hours": sum(held_seconds(row) * row["workers"] for row in rows) / 3600,
     }
+    numbers |= {name: total for name in BESIDE_STEPS if (total := sum(row.get(name, 0) for row in rows))}
     if (used := mean_utilisation(rows)) is not None:
         numbers["utilisation"] = used
     if dev:
         numbers |= {"dev_loss": dev[-1][0], "lowest_dev_loss": min(dev)[0], "lowest_dev_loss_at_step": min(dev)[1]}
     if scored := [row for row in rows if "dev_f1" in row]:
         numbers |= {name: scored[-1][name] for name in ("dev_exact_match", "dev_f1")}
-        numbers["answering_seconds"] = sum(row["answering_seconds"] for row in scored)
     if memory := [row["memory_gb"] for row in rows if "memory_gb" in row]:
         numbers["memory_gb"] = max(memory)
     return numbers
@@ -76,20 +79,19 @@ def _draw_scores(axes: Any, scored: list[Row]) -> None:
 
 
 def _draw_rates(plt: Any, rows: list[Row]) -> Any:
-    steps = [row["step"] for row in rows]
-    known = [row for row in rows if "utilisation" in row]
-    panels = 3 if known else 2
-    figure, (rate, waiting, *more) = plt.subplots(
-        panels, 1, figsize=(8, 2.25 * panels), layout="constrained", sharex=True
-    )
-    rate.plot(steps, [row["tokens"] / row["seconds"] for row in rows])
-    rate.set(ylabel="tokens a second", ylim=(0, None))
-    waiting.plot(steps, [100 * row["waiting_seconds"] / row["seconds"] for row in rows])
-    waiting.set(ylabel="% waiting for data", ylim=(0, 100))
-    for roof in more:
-        roof.plot([row["step"] for row in known], [100 * row["utilisation"] for row in known])
-        roof.set(ylabel="% of the bf16 matrix roof", ylim=(0, None))
-    for axes in (rate, waiting, *more):
+    panels: dict[str, Callable[[Row], float]] = {
+        "tokens a second": lambda row: row["tokens"] / row["seconds"],
+        "% waiting for data": lambda row: 100 * row["waiting_seconds"] / row["seconds"],
+        "% of the bf16 matrix roof": lambda row: 100 * row.get("utilisation", math.nan),
+        "GPU memory so far, GB": lambda row: row.get("memory_gb", math.nan),
+    }
+    values = {label: [of_row(row) for row in rows] for label, of_row in panels.items()}
+    shown = {label: some for label, some in values.items() if not all(map(math.isnan, some))}
+    size = (8, 2.25 * len(shown))
+    figure, places = plt.subplots(len(shown), 1, figsize=size, layout="constrained", sharex=True)
+    for axes, (label, some) in zip(places, shown.items(), strict=True):
+        axes.plot([row["step"] for row in rows], some)
+        axes.set(ylabel=label, ylim=(0, 100 if label == "% waiting for data" else None))
         axes.grid(alpha=0.3)
     figure.supxlabel("step")
     return figure

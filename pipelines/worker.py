@@ -2,28 +2,26 @@
 
 import json
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import ray.train
 import torch
 from peft import LoraConfig, PeftModel
-from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from chatglm3.chat import PromptFormat
 from cluster.config import Config
 from pipelines.batches import PackedBatch, Padding, Timed, batches_ahead
 from pipelines.block_files import BlockFile
-from pipelines.blocks import BlockOrder
+from pipelines.blocks import BlockOrder, Work, share
 from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.progress import MetricsLog
+from pipelines.saving import Saver, Urgency
 from pipelines.spot_checks import METRICS, SpotCheck, mean_over_workers
 from pipelines.step import (
     BaseFormat,
@@ -32,12 +30,8 @@ from pipelines.step import (
     sum_over_workers,
     trainable_model,
 )
-from pipelines.strategies import Replicated, Strategy, Workers, adamw
+from pipelines.strategies import Replicated, Strategy, Workers, adamw, any_worker
 from pipelines.utilisation import peak_flops, step_flops
-
-# Checkpoints are kept by their dev loss. Ray Train writes infinity as null, which it cannot read.
-UNKNOWN = sys.float_info.max
-Work = TypeVar("Work")
 
 
 class TrainingPlan(Config):
@@ -66,6 +60,8 @@ class TrainingPlan(Config):
     save_every: int
     eval_every: int
     patience: int = 0
+    keep: Literal["last", "best"] = "last"
+    """Which adapter the run is for: that of the last step, or of the lowest dev loss."""
     prompt_format: PromptFormat = "chat"
     questions: str = ""
     """File of dev rows to answer at each evaluation; "": none."""
@@ -74,6 +70,7 @@ class TrainingPlan(Config):
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train this worker's share from the last checkpoint to the plan's last step."""
+    started = time.monotonic()
     plan = TrainingPlan(**settings)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -81,35 +78,33 @@ def train_worker(settings: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
         training = Training(plan, rank, world, get_device(), Path(folder) if folder else None)
-    if log:
-        log.begin(training.step)
-    warned = False
+    once = (
+        {"lost_seconds": log.begin(training.step) / world, "starting_seconds": time.monotonic() - started}
+        if log
+        else {}
+    )
+    saver, warned = Saver(training), False
     while not training.done:
-        metrics = training.advance()
-        warning = ray.train.get_preemption_info() is not None  # a node is about to be taken away
+        metrics = training.advance() | once
+        # A node is about to be taken away; not all workers are told at the same moment.
+        warning = any_worker(ray.train.get_preemption_info() is not None, training.device)
         if training.step % plan.eval_every == 0 or training.done:
             metrics |= training.evaluate() | ({} if warning else training.answer_questions())
+        if urgency := _urgency(training, "dev_loss" in metrics, warning > warned):
+            metrics |= saver.save(urgency)
         if log:
-            log.write(metrics)
-        if "dev_loss" in metrics or training.step % plan.save_every == 0 or training.done or warning > warned:
-            _report(training, metrics)
-        warned = warning
+            log.write(metrics)  # before the checkpoint counts: a curve may lose its end, but no step before it
+        saver.report(metrics)
+        once, warned = {}, warning
 
 
-def _report(training: "Training", metrics: dict[str, float]) -> None:
-    """Hand a checkpoint to Ray Train, which uploads it while training goes on. All workers take part, one writes.
-
-    Waits for the last upload first: behind a slow store checkpoints would pile up on the disk, and a fault would cost
-    all steps since the first of them instead of two savings' at most.
-    """
-    ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
-    folder = tempfile.mkdtemp(prefix="checkpoint-") if training.rank == 0 else None
-    training.save(Path(folder) if folder else None)
-    ray.train.report(
-        {"dev_loss": UNKNOWN} | metrics,
-        checkpoint=Checkpoint.from_directory(folder) if folder else None,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-    )
+def _urgency(training: "Training", evaluated: bool, warned: bool) -> Urgency | None:
+    """Whether a checkpoint is due now, and what it may wait for."""
+    if training.done or warned:
+        return "at once"
+    if evaluated and training.plan.keep == "best" and training.dev_losses[-1] == min(training.dev_losses):
+        return "in turn"
+    return "when idle" if evaluated or training.step % training.plan.save_every == 0 else None
 
 
 class Training:
@@ -147,14 +142,11 @@ class Training:
     def _batches(self) -> Iterator[PackedBatch]:
         """This worker's batches of this step and all later ones: the first is on its way before its step begins."""
         steps = map(self.order.step, range(self.step, self.plan.steps))
-        indices = (index for blocks in steps for index in self._rounds(blocks))
+        indices = (index for blocks in steps for index, _ in self._share(blocks))
         return batches_ahead((self.train_blocks[i] for i in indices), self.device, self.padding)
 
-    def _rounds(self, work: list[Work]) -> list[Work]:
-        """What this worker computes of `work`: its share and, where all must do as many, one that will not count."""
-        mine = work[self.rank :: self.world]
-        missing = -(-len(work) // self.world) - len(mine)
-        return mine + work[:missing] * self.workers.equal_rounds
+    def _share(self, work: list[Work]) -> list[tuple[Work, bool]]:
+        return share(work, self.rank, self.world, self.workers.equal_rounds)
 
     def advance(self) -> dict[str, float]:
         """One optimizer step over all workers; returns its metrics. FloatingPointError if the loss is no good."""
@@ -162,9 +154,9 @@ class Training:
         rate = learning_rate(self.plan, self.step)
         blocks = self.order.step(self.step)
         targets = int(self.train_blocks.target_counts[blocks].sum())
-        batches = Timed(islice(self.batches, len(self._rounds(blocks))))
-        counted = len(blocks[self.rank :: self.world])
-        loss = self.workers.losses(batches, counted, max(targets, 1), f"{self.plan.seed}:{self.step}")
+        counts = [counted for _, counted in self._share(blocks)]
+        batches = Timed(islice(self.batches, len(counts)))
+        loss = self.workers.losses(batches, counts, max(targets, 1), f"{self.plan.seed}:{self.step}")
         norm = self.workers.update(rate)
         value, norm_value = torch.stack([loss, norm]).tolist()  # the only time in a step that a GPU is waited for
         self.step += 1
@@ -216,16 +208,16 @@ class Training:
         targets = int(self.dev_blocks.target_counts.sum())
         if not targets:
             return {}
+        started = time.monotonic()
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        blocks = list(range(len(self.dev_blocks)))
-        mine = len(blocks[self.rank :: self.world])
-        batches = batches_ahead((self.dev_blocks[i] for i in self._rounds(blocks)), self.device, self.padding)
-        for number, batch in enumerate(batches):
-            total += self.workers.loss(batch) * (number < mine)
+        mine = self._share(list(range(len(self.dev_blocks))))
+        batches = batches_ahead((self.dev_blocks[i] for i, _ in mine), self.device, self.padding)
+        for batch, (_, counted) in zip(batches, mine, strict=True):
+            total += self.workers.loss(batch) * counted
         self.model.train()
         self.dev_losses.append(sum_over_workers([], total).item() / targets)
-        return {"dev_loss": self.dev_losses[-1]}
+        return {"dev_loss": self.dev_losses[-1], "evaluating_seconds": time.monotonic() - started}
 
     @torch.no_grad()
     def answer_questions(self) -> dict[str, float]:
@@ -235,11 +227,10 @@ class Training:
         started = time.monotonic()
         # Without gradients, a token takes less than what a training step keeps of it.
         batches = self.spot_check.batches(self.plan.block_tokens, self.world)
-        mine = len(batches[self.rank :: self.world])
         points = torch.zeros(len(METRICS), device=self.device)
-        for number, batch in enumerate(self._rounds(batches)):
+        for batch, counted in self._share(batches):
             found = self.spot_check.points(self.model, batch, self.workers.equal_rounds)
-            points += torch.tensor(found, device=self.device) * (number < mine)
+            points += torch.tensor(found, device=self.device) * counted
         scores = mean_over_workers(points, len(self.spot_check.asked))
         return scores | {"answering_seconds": time.monotonic() - started}
 

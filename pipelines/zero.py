@@ -53,14 +53,13 @@ class Sharded:
         if state:
             self._load(state["state"])
 
-    def losses(self, batches: Iterable[PackedBatch], counted: int, target_count: int, seed: str) -> Tensor:
+    def losses(self, batches: Iterable[PackedBatch], counts: list[bool], target_count: int, seed: str) -> Tensor:
         """See Workers."""
         total = torch.zeros((), device=self.engine.device)
-        waiting = list(batches)
-        for number, batch in enumerate(waiting):
-            self.engine.set_gradient_accumulation_boundary(number == len(waiting) - 1)
+        for number, (batch, counted) in enumerate(zip(batches, counts, strict=True), 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(counts))
             seed_dropout(seed, batch)
-            loss = self.engine(batch) * (number < counted) / target_count
+            loss = self.engine(batch) * counted / target_count
             # DeepSpeed takes the mean over the workers, but these losses are shares of one mean already.
             self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             total += loss.detach()

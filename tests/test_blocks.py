@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import StageError
-from pipelines.blocks import BlockOrder
+from pipelines.blocks import BlockOrder, share
 from pipelines.packing import Example, pack
 
 
@@ -17,12 +17,20 @@ def test_an_epoch_is_every_block_once_on_any_number_of_workers(workers: int) -> 
     order = BlockOrder(blocks=103, per_step=8, seed=1)
     assert order.steps_per_epoch == 13
     for step in range(2 * order.steps_per_epoch):
-        shares = [order.share(step, rank, workers) for rank in range(workers)]
-        assert sorted(block for share in shares for block in share) == sorted(order.step(step))
+        shares = [share(order.step(step), rank, workers) for rank in range(workers)]
+        assert sorted(block for mine in shares for block, _ in mine) == sorted(order.step(step))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
     first, second = ([b for s in range(13 * e, 13 * e + 13) for b in order.step(s)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(103))
     assert first != second
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
+def test_where_all_must_compute_as_many_what_is_done_twice_does_not_count(workers: int) -> None:
+    work = list(range(5))
+    shares = [share(work, rank, workers, equal=True) for rank in range(workers)]
+    assert {len(mine) for mine in shares} == {-(-5 // workers)}
+    assert sorted(each for mine in shares for each, counted in mine if counted) == work
 
 
 def test_packing_keeps_every_example_once_and_fills_the_blocks() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.random_checkpoint import native_config
 from cluster.errors import StageError
-from pipelines.memory import Memory, _fastest, choose_memory, needed_gb
+from pipelines.memory import Memory, _fastest, choose_memory, linear_shapes, needed_gb
 from pipelines.training import TrainConfig
 
 QKV = {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]}
@@ -59,6 +59,21 @@ def test_examples_longer_than_the_smallest_block_are_given_room_and_a_gpu_that_i
     assert _fastest(config(), MODEL, 5000, 23).block_tokens == 16384
     with pytest.raises(StageError, match=r"in bf16 needs about .* GB even in small blocks, a GPU has 8 GB free"):
         _fastest(config(base_format="bf16"), MODEL, 4096, 8)
+
+
+def test_workers_that_share_out_the_base_need_room_for_their_part_and_a_layer() -> None:
+    wanted = {"base_format": "bf16", "workers": 8, "strategy": "zero3"}
+    layer = 2 * sum(rows * columns for rows, columns in linear_shapes(MODEL).values()) / 1e9
+    found = {
+        strategy: needed_gb(MODEL, config(**wanted | {"strategy": strategy}), 4096, True)
+        for strategy in ("ddp", "zero2", "zero3")
+    }
+    assert found["zero2"] == found["ddp"]
+    assert found["ddp"] - found["zero3"] == pytest.approx((28 - 28 / 8 - 1) * layer)
+    assert needed_gb(MODEL, config(**wanted, min_workers=1), 4096, True) == found["ddp"]  # nodes may be lost
+    with pytest.raises(StageError, match="a GPU has 12 GB free"):
+        _fastest(config(**wanted | {"strategy": "ddp"}), MODEL, 4096, 12)
+    assert _fastest(config(**wanted), MODEL, 4096, 12).block_tokens == 16384
 
 
 def test_on_a_cpu_blocks_have_4096_tokens_and_a_resumed_run_finds_its_choice(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training through Ray: the same curve on any number of workers, after kill -9, and after a rerun."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,23 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
-from cluster import session
+from cluster import session, storage
 from cluster.errors import StageError
+from pipelines.checkpoint_store import COPY, LIST, CheckpointStore
 from pipelines.model_folders import open_model
+from pipelines.preparation import PrepareConfig, prepare
 from pipelines.progress import MetricsLog, read_metrics
-from pipelines.training import TrainConfig, train
-from tests.training_runs import SETTINGS, assert_same_curve, curve, kill_a_worker_after_step, scores, steps_of
+from pipelines.training import TrainConfig, _publish, train
+from pipelines.training_run import _tell_where_it_begins
+from tests.training_runs import (
+    SETTINGS,
+    assert_same_curve,
+    checkpoint_lists,
+    curve,
+    kill_a_worker_after_step,
+    scores,
+    steps_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -75,20 +87,25 @@ def test_two_workers_give_the_curve_of_one_although_one_is_killed_in_the_middle(
     assert scores(out) == scores(undisturbed)
 
 
-def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve(
+def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve_although_its_list_is_torn(
     undisturbed: str, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "adapter"
     settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "pipelines", "train", "--data", rows, "--out", str(out), *settings]
+    said = tmp_path / "said"
     for end, step, code in ((signal.SIGINT, 4, 130), (signal.SIGKILL, 8, -9)):
-        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(steps_of(Path(f"{out}.run"))) < step:
+        run = subprocess.Popen(command, stdout=said.open("w"), stderr=subprocess.DEVNULL)
+        while len(steps_of(Path(f"{out}.run"))) < step or not checkpoint_lists(Path(f"{out}.run")):
             assert run.poll() is None
             time.sleep(0.05)
         run.send_signal(end)
         assert run.wait(timeout=60) == code
         assert not out.exists()
+        if end == signal.SIGINT:
+            (checkpoints,) = checkpoint_lists(Path(f"{out}.run"))
+            os.truncate(checkpoints, 100)
+    assert f"{checkpoints} was torn" in said.read_text()
     last = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert last.returncode == 0, last.stderr
     assert "resuming: an earlier run of this reached step" in last.stdout
@@ -141,7 +158,8 @@ def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(
 
 
 def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"ste')
+    rows = [{"step": step, "loss": 4.0 - step, "seconds": 2.0, "saving_seconds": 0.5, "workers": 3} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"ste')
     command = "import os, pathlib, sys; from pipelines.progress import MetricsLog; "
     command += (
         "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1])).begin(1)"
@@ -150,7 +168,7 @@ def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path
     assert killed.returncode == -signal.SIGKILL
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     log = MetricsLog(tmp_path)
-    log.begin(1)
+    assert log.begin(1) == 3 * 2.5  # what three workers did for the step that is computed again
     log.write({"step": 2, "loss": 1.5})
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
@@ -162,7 +180,7 @@ def test_of_two_workers_that_write_the_same_run_the_one_that_came_last_has_it(tm
     computing, loading = MetricsLog(tmp_path), MetricsLog(tmp_path / "other")
     computing.begin(1)
     last = MetricsLog(tmp_path)
-    computing.write({"step": 2, "loss": 9.0})  # still in its place
+    computing.write({"step": 2, "loss": 9.0, "seconds": 1.0, "workers": 1})  # still in its place
     last.begin(1)
     computing.write({"step": 3, "loss": 9.0})
     last.write({"step": 2, "loss": 2.0})
@@ -170,6 +188,98 @@ def test_of_two_workers_that_write_the_same_run_the_one_that_came_last_has_it(tm
     MetricsLog(tmp_path / "other").begin(1)
     with pytest.raises(FileNotFoundError):
         loading.begin(1)
+
+
+def test_the_adapter_of_the_lowest_dev_loss_is_kept_if_asked_for_and_the_last_one_is_there_without_training(
+    rows: str, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The rate rises to one at which nothing can be learned.
+    rising = {"learning_rate": 0.05, "warmup_ratio": 0.9, "schedule": "constant", "eval_steps": 3, "score_rows": 0}
+    config = TrainConfig.model_validate(SETTINGS | rising | {"data": rows, "out": str(tmp_path / "a"), "keep": "best"})
+    metrics = read_metrics(Path(train(config), "metrics.jsonl"))
+    losses = {row["step"]: row["dev_loss"] for row in metrics if "dev_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert best < config.max_steps
+    assert f"holds the adapter of step {best}" in capsys.readouterr().out
+    adapter = Path(config.out, "adapter_model.safetensors").read_bytes()
+    train(config.model_copy(update={"keep": "last"}))
+    said = capsys.readouterr().out
+    assert f"holds the adapter of step {config.max_steps}" in said
+    assert f"the dev loss was lowest at step {best}: the same command with --keep best takes that adapter" in said
+    assert read_metrics(Path(config.out, "metrics.jsonl")) == metrics
+    assert Path(config.out, "adapter_model.safetensors").read_bytes() != adapter
+
+
+def test_without_dev_rows_there_is_no_best_and_no_early_stop(tmp_path: Path, rows: str, ray_cluster: None) -> None:
+    raw = str(Path(rows).with_name("raw"))
+    data = prepare(PrepareConfig(raw=raw, out=str(tmp_path / "data"), dev_share=0.0))
+    for setting in ({"patience": 1}, {"keep": "best"}):
+        settings = SETTINGS | setting | {"data": data, "out": str(tmp_path / "a")}
+        with pytest.raises(
+            StageError, match=r"^--patience and --keep best go by the dev loss, but .* has no dev rows; "
+        ):
+            train(TrainConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize("place", ["foo://x/y", "/proc/nix"])
+def test_a_store_that_cannot_be_written_is_named_before_anything_starts(rows: str, tmp_path: Path, place: str) -> None:
+    settings = SETTINGS | {"data": rows, "out": str(tmp_path / "a"), "storage": place, "workers": 1000}
+    with pytest.raises(StageError, match=rf"^no checkpoint can be written to {place}: .*; give --storage a folder"):
+        train(TrainConfig.model_validate(settings))
+
+
+def list_of(step: int) -> str:
+    return json.dumps({"latest_checkpoint_result": {"metrics": {"step": step}}})
+
+
+def test_a_torn_list_of_checkpoints_is_replaced_by_its_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, found = CheckpointStore(str(tmp_path), "run-x"), tmp_path / "run-x" / LIST
+    assert store.mend_list() is None
+    found.write_text(list_of(4))
+    store.copy_list()
+    found.write_text(list_of(6))
+    assert store.mend_list() == 6
+    found.write_text(list_of(8)[:20])
+    assert store.mend_list() == 4
+    assert found.read_text() == list_of(4)
+    found.write_text("")
+    found.with_name(COPY).unlink()
+    assert store.mend_list() is None
+    assert {path.name for path in found.parent.iterdir()} == set()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"train: {found} was torn; {COPY} beside it has what it said before",
+        f"train: {found} was torn before it listed a checkpoint",
+    ]
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_says_that_it_begins_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    _tell_where_it_begins(tmp_path, CheckpointStore(str(tmp_path / "other"), "run-x"))
+    said = f"an earlier run of this reached step 1, but {tmp_path}/other/run-x has no checkpoint: beginning again"
+    assert capsys.readouterr().out == f"train: {said}\n"
+
+
+def test_what_keeps_a_finished_run_from_being_written_is_told_in_one_line(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("one", "two"):  # of which shutil gives a list of tuples
+        (adapter / name).symlink_to("nowhere")
+    config = TrainConfig(out=str(tmp_path / "out"))
+    receipt = storage.receipt_of("train", config)
+    with pytest.raises(
+        StageError, match=r"^--out \S+ cannot be written: \[Errno 2\] No such file [^(]*; mend that, and"
+    ):
+        _publish(config, adapter, tmp_path, receipt, 0, 0.0)
+
+
+def test_a_list_may_be_given_as_one_word_and_fewest_workers_are_not_more_than_all() -> None:
+    given = TrainConfig.parse({"lora": {"targets": "q_proj,v_proj"}, "trackers": "mlflow"}, "flags")
+    assert (given.lora.targets, given.trackers) == (["q_proj", "v_proj"], ["mlflow"])
+    with pytest.raises(StageError, match=r"^flags: min_workers 4 is more than workers 2; it is the least of them$"):
+        TrainConfig.parse({"min_workers": 4, "workers": 2}, "flags")
 
 
 def test_modules_that_get_no_adapter_are_refused_in_one_line() -> None:

@@ -69,8 +69,18 @@ def test_a_gpu_has_its_data_sheets_peak_and_another_device_none(name: str, tflop
 
 
 def rows(**more: float) -> list[dict[str, float]]:
-    always = {"loss": 1.5, "seconds": 2.0, "tokens": 3000, "waiting_seconds": 0.5, "workers": 1}
+    always = {"loss": 1.5, "seconds": 2.0, "tokens": 3000, "waiting_seconds": 0.5, "workers": 4}
     return [{"step": step, **always, **more} for step in (1, 2)]
+
+
+def test_hours_are_all_that_held_the_workers_and_speed_is_that_of_the_steps() -> None:
+    found = rows(saving_seconds=1.0, evaluating_seconds=3.0)
+    found[0] |= {"starting_seconds": 20.0, "lost_seconds": 6.0}
+    numbers = summary(found, 1)
+    assert numbers["gpu_hours"] == pytest.approx(4 * (2 * (2 + 1 + 3) + 20 + 6) / 3600)
+    assert numbers["tokens_per_second"] == 1500
+    assert (numbers["saving_seconds"], numbers["starting_seconds"], numbers["lost_seconds"]) == (2.0, 20.0, 6.0)
+    assert summary(rows(), 0)["worker_hours"] == pytest.approx(4 * 4 / 3600)
 
 
 def test_line_and_report_show_scores_and_utilisation_where_they_are_known(tmp_path: Path) -> None:
@@ -78,15 +88,16 @@ def test_line_and_report_show_scores_and_utilisation_where_they_are_known(tmp_pa
     assert describe(rows(), 4) == "loss 1.500, 1,500 tokens/s, waiting for data 25%, 0:00:04 left"
     assert describe(rows(utilisation=0.5, **scores), 4) == (
         "loss 1.500 dev 1.200 exact match 0.250 F1 0.500, 1,500 tokens/s, 50% of the bf16 roof, "
-        "waiting for data 25%, 0:00:04 left"
+        "waiting for data 25%, 0:00:10 left"  # what comes between the steps goes on too
     )
     known = summary(rows(utilisation=0.5, **scores), 1)
     assert (known["utilisation"], known["dev_f1"], known["answering_seconds"]) == (0.5, 0.5, 6.0)
     assert not {"utilisation", "dev_f1"} & summary(rows(), 0).keys()
-    for number, found in enumerate((rows(), rows(utilisation=0.5, **scores))):
+    for number, found in enumerate((rows(), rows(utilisation=0.5, memory_gb=8.0, **scores))):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(f"{row}\n".replace("'", '"') for row in found))
         write_training_report(folder, {}, 1)
         page = (folder / "report.html").read_text()
-        assert ("% of the bf16 matrix roof" in page, "dev exact match" in page) == (number == 1,) * 2
+        shown = ["% of the bf16 matrix roof", "GPU memory so far, GB", "dev exact match"]
+        assert [text in page for text in shown] == [number == 1] * 3

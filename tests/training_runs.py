@@ -37,8 +37,13 @@ def steps_of(run: Path) -> list[str]:
     return [line for file in run.glob("run-*/metrics.jsonl") for line in file.read_text().splitlines()]
 
 
+def checkpoint_lists(run: Path) -> list[Path]:
+    """Ray Train's list of a run's checkpoints, as soon as one counts."""
+    return list(run.glob("run-*/checkpoint_manager_snapshot.json"))
+
+
 def kill_a_worker_after_step(run: Path, step: int) -> None:
-    while len(steps_of(run)) < step:
+    while len(steps_of(run)) < step or not checkpoint_lists(run):
         time.sleep(0.05)
     workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     workers[-1].send_signal(signal.SIGKILL)

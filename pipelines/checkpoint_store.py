@@ -1,0 +1,71 @@
+"""Where a run's checkpoints go, tried before anything starts; and Ray Train's list of them, mended where it is torn."""
+
+import json
+from contextlib import suppress
+
+from pyarrow.fs import FileSystem
+
+from cluster.errors import StageError
+
+LIST = "checkpoint_manager_snapshot.json"
+COPY = "checkpoints.json"
+OBJECT_STORES = {"s3", "gcs", "abfs"}  # an object is there whole or not at all
+
+
+class CheckpointStore:
+    """The folder of one run at an address that pyarrow knows. Ray Train writes checkpoints there and LIST, their list.
+
+    It rewrites LIST in place: a disk that is full or a kill at that moment tears it, and with it all checkpoints
+    would be lost. So COPY follows it, by a rename.
+    """
+
+    def __init__(self, address: str, run: str) -> None:
+        """Raises StageError if nothing can be written there."""
+        self.address, self.run = address, run
+        try:
+            self._files, root = FileSystem.from_uri(address)
+            self.folder = f"{root.rstrip('/')}/{run}"
+            self._files.create_dir(self.folder)
+            self._write(".tried", b"")
+            self._files.delete_file(f"{self.folder}/.tried")
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise StageError(
+                f"no checkpoint can be written to {address}: {' '.join(str(error).split())}; give --storage a folder "
+                f"that is there on all nodes, or an address such as s3://bucket/path"
+            ) from None
+
+    def copy_list(self) -> None:
+        """Let the copy follow Ray Train's list, where that can be torn."""
+        if self._files.type_name not in OBJECT_STORES:
+            self._write(f"{COPY}.partial", self._read(LIST) or b"")
+            self._files.move(f"{self.folder}/{COPY}.partial", f"{self.folder}/{COPY}")
+
+    def mend_list(self) -> int | None:
+        """The step of the newest checkpoint, or None where there is none. A torn list is replaced by its copy."""
+        found, kept = self._read(LIST), self._read(COPY)
+        if found is None or _newest_step(found) is not None:
+            return _newest_step(found)
+        if kept is None:
+            self._files.delete_file(f"{self.folder}/{LIST}")
+            print(f"train: {self.folder}/{LIST} was torn before it listed a checkpoint")
+        else:
+            self._write(LIST, kept)
+            print(f"train: {self.folder}/{LIST} was torn; {COPY} beside it has what it said before")
+        return _newest_step(kept)
+
+    def _read(self, name: str) -> bytes | None:
+        with suppress(FileNotFoundError), self._files.open_input_stream(f"{self.folder}/{name}") as file:
+            return bytes(file.read())
+        return None
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._files.open_output_stream(f"{self.folder}/{name}") as file:
+            file.write(content)
+
+
+def _newest_step(checkpoints: bytes | None) -> int | None:
+    """Of a list of checkpoints; None where there is none, or it is torn."""
+    try:
+        return int(json.loads(checkpoints or "")["latest_checkpoint_result"]["metrics"]["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

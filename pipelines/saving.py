@@ -1,0 +1,68 @@
+"""When a training writes a checkpoint, and how it is handed to Ray Train, which uploads it while training goes on."""
+
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+
+from pipelines.strategies import any_worker
+
+if TYPE_CHECKING:
+    from pipelines.worker import Training
+
+Urgency = Literal["when idle", "in turn", "at once"]
+"""Behind a checkpoint that is still uploading: not at all, once that counts, or without waiting for it."""
+# Checkpoints are kept by their dev loss. Ray Train writes infinity as null, which it cannot read.
+UNKNOWN = sys.float_info.max
+
+
+class Saver:
+    """A training's checkpoints. All workers call the same methods in the same order; the first one writes.
+
+    Training never stands still for a slow store: a checkpoint that falls due during an upload is skipped. So a fault
+    costs the steps since the last checkpoint that counts: one upload's and one interval's at most.
+    """
+
+    def __init__(self, training: "Training") -> None:
+        self._training = training
+        self._counts = threading.Event()
+        """Whether the last checkpoint is in Ray Train's list, so that a restart would find it."""
+        self._counts.set()
+        self._folder: str | None = None
+        self._written = False
+
+    def save(self, urgency: Urgency) -> dict[str, float]:
+        """Write a checkpoint where it can be handed over from, or skip it; returns what is to be recorded of it."""
+        started = time.monotonic()
+        training = self._training
+        if urgency == "when idle" and any_worker(not self._counts.is_set(), training.device):
+            return {}
+        if urgency == "in turn":
+            self._counts.wait()
+        self._folder = tempfile.mkdtemp(prefix="checkpoint-") if training.rank == 0 else None
+        training.save(Path(self._folder) if self._folder else None)
+        self._written = True
+        return {"saving_seconds": time.monotonic() - started}
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Hand over what `save` wrote, if it did."""
+        if not self._written:
+            return
+        ray.train.report(
+            {"dev_loss": UNKNOWN} | metrics,
+            checkpoint=Checkpoint.from_directory(self._folder) if self._folder else None,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        )
+        self._written = False
+        self._counts = threading.Event()
+        threading.Thread(target=self._wait, args=(self._counts,), daemon=True).start()
+
+    def _wait(self, counts: threading.Event) -> None:
+        """In a thread: the coordinator that is asked may itself be waiting for the store."""
+        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+        counts.set()
