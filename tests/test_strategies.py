@@ -3,6 +3,8 @@
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,21 +47,45 @@ def test_zero_gives_the_curve_and_the_adapter_of_ddp_although_a_worker_is_killed
     torch.testing.assert_close(weights(out), weights(undisturbed), rtol=1e-3, atol=1e-3)
 
 
-def sharded_steps(rank: int, plan: TrainingPlan, folder: str) -> None:
-    """One of two processes of ZeRO-3, without Ray."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    training = Training(plan, rank, 2, torch.device("cpu"))
-    rows = steps_of_nf4(training)
-    weights = [m.weight for m in training.model.modules() if isinstance(m, Linear4bit)]
-    stored = {(str(weight.dtype), weight.ds_numel / weight.ds_tensor.numel()) for weight in weights}
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps([rows, len(weights), *stored]))
+@contextmanager
+def worker(rank: int, world: int, plan: TrainingPlan, folder: str) -> Iterator[Training]:
+    """One of several processes, without Ray."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    yield Training(plan, rank, world, torch.device("cpu"))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def steps_of_nf4(training: Training) -> list[float]:
+def replicated_steps(rank: int, world: int, plan: TrainingPlan, folder: str) -> None:
+    with worker(rank, world, plan, folder) as training:
+        rows = losses_and_scores(training)
+        if rank == world - 1:  # any of them
+            Path(folder, f"{world}.json").write_text(json.dumps(rows))
+
+
+def test_one_two_and_four_workers_give_the_same_curve(rows: str, tmp_path: Path, ray_cluster: None) -> None:
+    # Eight blocks a step would go up in four workers; with seven or so, shares are unequal.
+    settings = SETTINGS | {"batch_size": 26, "score_rows": 6, "score_tokens": 8}
+    data = storage.open_folder(rows, "prepare")
+    plan = make_plan(TrainConfig(data=rows, **settings), open_model("tiny", "--base"), data, tmp_path / "run-x", 0)
+    assert plan.blocks_per_step == 7
+    expected = losses_and_scores(Training(plan, 0, 1, torch.device("cpu")))
+    for world in (2, 4):
+        torch.multiprocessing.spawn(replicated_steps, (world, plan, str(tmp_path)), nprocs=world)
+        assert json.loads((tmp_path / f"{world}.json").read_text()) == pytest.approx(expected, rel=1e-5)
+
+
+def sharded_steps(rank: int, plan: TrainingPlan, folder: str) -> None:
+    with worker(rank, 2, plan, folder) as training:
+        rows = losses_and_scores(training)
+        weights = [m.weight for m in training.model.modules() if isinstance(m, Linear4bit)]
+        stored = {(str(weight.dtype), weight.ds_numel / weight.ds_tensor.numel()) for weight in weights}
+        if rank == 0:
+            Path(folder, "found.json").write_text(json.dumps([rows, len(weights), *stored]))
+
+
+def losses_and_scores(training: Training) -> list[float]:
     """Losses of three steps and of the dev rows; the answers' F1 in between."""
     losses = [training.advance()["loss"] for _ in range(2)]
     scores = training.answer_questions()["dev_f1"], training.evaluate()["dev_loss"]
@@ -71,7 +97,7 @@ def test_zero3_shares_out_an_nf4_base_and_gives_the_curve_of_ddp(rows: str, tmp_
     config = TrainConfig(data=rows, **settings)
     data = storage.open_folder(rows, "prepare")
     plan = make_plan(config, open_model("tiny", "--base"), data, tmp_path / "run-x", 0)
-    expected = steps_of_nf4(Training(plan, 0, 1, torch.device("cpu")))
+    expected = losses_and_scores(Training(plan, 0, 1, torch.device("cpu")))
     zero3 = plan.model_copy(update={"strategy": "zero3"})
     torch.multiprocessing.spawn(sharded_steps, (zero3, str(tmp_path)), nprocs=2)
     found, layers, stored = json.loads((tmp_path / "found.json").read_text())
