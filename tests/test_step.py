@@ -16,7 +16,15 @@ from pipelines.batches import Padding, batches_ahead, to_batch
 from pipelines.blocks import Block
 from pipelines.cross_entropy import CHUNK, summed_cross_entropy
 from pipelines.fp8_linear import Fp8Linear
-from pipelines.step import answer_loss, compile_layers, recompute_layers, run_batches, trainable_model, with_adapters
+from pipelines.step import (
+    _ScaledEarly,
+    answer_loss,
+    compile_layers,
+    recompute_layers,
+    run_batches,
+    trainable_model,
+    with_adapters,
+)
 
 DORA_MAGNITUDE = "magnitude_vector.default.weight"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -101,6 +109,25 @@ def test_a_packed_block_gives_the_loss_of_transformers_own_forward(tiny: Path) -
     model.get_base_model().set_attn_implementation("eager")
     theirs = model(input_ids=torch.from_numpy(block.input_ids).long()[None], labels=labels[None], use_cache=False).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("base_format", "loss_error", "error"), [("fp32", 1e-6, 1e-5), ("nf4", 5e-3, 0.03)])
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_lora_with_its_scale_before_the_second_product_gives_the_loss_and_gradients_of_pefts_own(
+    tiny: Path, base_format: str, loss_error: float, error: float, kind: str
+) -> None:
+    """As on a GPU, where each product's inputs are cast to 16 bits, and PEFT rounds the scaled output once more."""
+    model = model_of(tiny, base_format, lora=KINDS[kind])
+    block = packed(blocks_of(1000, [40, 70]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=base_format == "nf4"):
+        expected = run_blocks(model, [block], 10, "s")
+        gradients_of_peft = gradients(model)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_variant["default"], layer.cast_input_dtype_enabled = _ScaledEarly(), False
+        loss = run_blocks(model, [block], 10, "s")
+    torch.testing.assert_close(loss, expected, rtol=loss_error, atol=0)
+    assert distance(flat(gradients(model)), flat(gradients_of_peft)) < error
 
 
 @pytest.mark.parametrize("base_format", ["fp32", "nf4"])
