@@ -6,7 +6,9 @@
 A format followed by `-16bit`, as in `bf16-16bit`, has adapters and optimizer in bfloat16 too; the others have adapters
 in fp32, which are cast at each use. Questions are those of the tiny model's demo world, which it was not trained on;
 the last eighth is held out. A seed draws the adapters and the order of blocks: what differs between seeds is the noise
-beside which formats are to be seen. Needs a GPU.
+beside which formats are to be seen. Without a GPU it takes smaller blocks and fewer steps:
+
+    python -m benchmarks.loss_curves --block-tokens 512 --steps 80 --lessons 600 --seeds 2 bf16 fp8 nf4
 """
 
 import argparse
@@ -27,18 +29,22 @@ from pipelines.batches import Padding, batches_ahead
 from pipelines.blocks import Block, BlockOrder
 from pipelines.step import answer_loss, run_batches, trainable_model
 
-GPU = torch.device("cuda")
-BUDGET = 8192
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXAM = 256  # questions that the tuned model answers
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
-def packed_lessons(lessons: list[Lesson], tokenizer: ChatGlmTokenizer) -> Iterator[Block]:
+def padding(tokens: int) -> Padding | None:
+    """Sizes for a GPU's kernels; a CPU computes what there is."""
+    return Padding(tokens) if DEVICE.type == "cuda" else None
+
+
+def packed_lessons(lessons: list[Lesson], tokenizer: ChatGlmTokenizer, tokens: int) -> Iterator[Block]:
     """Lessons in the chat format, packed as they come."""
     waiting: list[tuple[list[int], list[bool]]] = []
     for lesson in lessons:
         ids, targets = render(tokenizer, lesson.messages)
-        if sum(len(i) for i, _ in waiting) + len(ids) > BUDGET:
+        if sum(len(i) for i, _ in waiting) + len(ids) > tokens:
             yield _block(waiting)
             waiting = []
         waiting.append((ids, targets))
@@ -58,34 +64,34 @@ def fine_tune(
     base_format, _, bits = name.partition("-")
     torch.manual_seed(seed)
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = trainable_model(options.base, base_format, lora, GPU)  # type: ignore[arg-type]
+    model = trainable_model(options.base, base_format, lora, DEVICE)  # type: ignore[arg-type]
     parameters = [p for p in model.parameters() if p.requires_grad]
     if bits:
         for parameter in parameters:
             parameter.data = parameter.data.bfloat16()
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, fused=True)
-    warmup = options.steps // 10
+    warmup = max(1, options.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (options.steps - step) / (options.steps - warmup))
     )
-    order, padding = BlockOrder(len(blocks), 1, seed=seed), Padding(BUDGET)
+    order = BlockOrder(len(blocks), 1, seed=seed)
     chosen = [blocks[order.step(step)[0]] for step in range(options.steps)]
     losses, dev = [], []
-    for step, batch in enumerate(batches_ahead(chosen, GPU, padding)):
+    for step, batch in enumerate(batches_ahead(chosen, DEVICE, padding(options.block_tokens))):
         losses.append(run_batches(model, [batch], chosen[step].target_count, str(step)))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % (options.steps // 8) == 0:
-            dev.append((step + 1, mean_loss(model, held_out)))
+            dev.append((step + 1, mean_loss(model, held_out, options.block_tokens)))
     return model, torch.stack(losses).tolist(), dev
 
 
 @torch.no_grad()
-def mean_loss(model: PeftModel, blocks: list[Block]) -> float:
+def mean_loss(model: PeftModel, blocks: list[Block], tokens: int) -> float:
     """Mean over all answer tokens."""
-    batches = batches_ahead(blocks, GPU, Padding(BUDGET))
+    batches = batches_ahead(blocks, DEVICE, padding(tokens))
     total = torch.stack([answer_loss(model, batch) for batch in batches]).sum()
     return total.item() / sum(block.target_count for block in blocks)
 
@@ -94,7 +100,7 @@ def score(model: PeftModel, tokenizer: ChatGlmTokenizer, lessons: list[Lesson]) 
     """Exact match of greedy answers."""
     glm = model.get_base_model()
     glm.set_attn_implementation("sdpa")
-    with torch.autocast("cuda", torch.bfloat16, enabled=glm.dtype == torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=glm.dtype == torch.bfloat16):
         return exact_match(glm, tokenizer, lessons)["all"]
 
 
@@ -134,7 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", default=["fp32", "bf16", "fp8", "nf4"], help="what to compare")
     parser.add_argument("--base", default="tiny", help="model folder (default: tiny)")
-    parser.add_argument("--steps", type=int, default=300, help="steps of one block of 8,192 tokens (default: 300)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of one block each (default: 300)")
+    parser.add_argument("--block-tokens", type=int, default=8192, help="tokens of a block (default: 8192)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each format (default: 1)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: 0.001)")
     parser.add_argument("--lessons", type=int, default=4000, help="questions, held-out ones included (default: 4000)")
@@ -145,8 +152,8 @@ def main() -> None:
     tokenizer = load_tokenizer(options.base)
     lessons = demo_lessons(options.lessons)
     kept = options.lessons // 8
-    blocks = list(packed_lessons(lessons[:-kept], tokenizer))
-    held_out = list(packed_lessons(lessons[-kept:], tokenizer))
+    blocks = list(packed_lessons(lessons[:-kept], tokenizer, options.block_tokens))
+    held_out = list(packed_lessons(lessons[-kept:], tokenizer, options.block_tokens))
     print(f"{len(blocks)} blocks to train on, {len(held_out)} held out", flush=True)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.formats}
     for seed in range(options.seeds):
