@@ -10,9 +10,12 @@ faults that kill nothing when they are over. Answers are those that ended before
 
 import argparse
 import asyncio
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,13 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import orjson
+import yaml
 
-from benchmarks.fault_places import end_tree, ray_environment, several_nodes
+from benchmarks.fault_places import BIN, end_tree, ray_environment, several_nodes
 from benchmarks.services import (
     CONTROLLER,
     HAPROXY_MANAGER,
@@ -44,7 +49,7 @@ from chatglm3.tiny import FOLDER
 from chatglm3.tokenizer import load_tokenizer
 from serve_app.load import Prompt, at_once
 
-ENGINE = f"{REPLICA}chat:EngineServer"
+ENGINE, FRONT = f"{REPLICA}chat:EngineServer", f"{REPLICA}chat:ChatServer"
 USERS, STRIKE_S, LOAD_S, READY_S, BOTHER_S = 8, 10, 40, 120, 20
 PROMPT = Prompt([{"role": "user", "content": "介绍一下你自己。"}], max_tokens=64)
 CHECK_OFTEN = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
@@ -69,6 +74,40 @@ def two_separate_engines() -> Iterator[Service]:
     application["deployments"][0]["name"] = "EngineServer"
     with service(config, ray_environment(), 3) as running:
         yield running
+
+
+class Updated:
+    """One replica, whose model is changed under load, with as much room for replicas beside it as `surge` says."""
+
+    def __init__(self, surge: int) -> None:
+        self._surge = surge
+
+    @contextmanager
+    def place(self) -> Iterator[Service]:
+        """On a cluster of its own, to which a second config can come."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            several_nodes(head_cpus=2, workers=0) as (self._env, nodes),
+            service(self._config(FOLDER), self._env, 1, [node.pid for node in nodes]) as running,
+        ):
+            self._folder = Path(folder)
+            yield running
+
+    def strike(self, running: Service) -> float:
+        """Deploy another model. Seconds until only its replica is there and answers."""
+        [old] = running.processes(FRONT)
+        model = shutil.copytree(FOLDER, self._folder / "v2")
+        config = self._config(model) | {"http_options": {"host": "127.0.0.1", "port": httpx.URL(running.url).port}}
+        (self._folder / "v2.yaml").write_text(yaml.safe_dump(config))
+        subprocess.Popen([BIN / "serve", "run", "--non-blocking", self._folder / "v2.yaml"], env=self._env).wait()
+        return until_there_are(running, FRONT, 1, old.pid, is_alone=True)
+
+    def _config(self, model: str | Path) -> dict[str, Any]:
+        config = example_config(1)
+        [application] = config["applications"]
+        application["args"] |= {"model": str(model), "name": "tiny"}
+        application["deployments"][0]["max_surge_percent"] = self._surge
+        return config
 
 
 @contextmanager
@@ -110,12 +149,15 @@ def kill_each_engine(running: Service) -> float:
     return 1 + until_there_are(running, ENGINE, 2, second.pid)
 
 
-def until_there_are(running: Service, name: str, expected: int, gone: int) -> float:
-    """Seconds until so many processes of that name are there without the one that is gone, and the endpoint answers."""
+def until_there_are(running: Service, name: str, expected: int, gone: int, *, is_alone: bool = False) -> float:
+    """Seconds until so many processes of that name are there beside the one that goes, and the endpoint answers.
+
+    `is_alone`: and until that one is gone.
+    """
     began = time.monotonic()
     while True:
-        alive = [process for process in running.processes(name) if process.pid != gone]
-        if len(alive) >= expected and running.answers():
+        found = [process.pid for process in running.processes(name)]
+        if len({*found} - {gone}) >= expected and not (is_alone and gone in found) and running.answers():
             return time.monotonic() - began
         assert time.monotonic() < began + READY_S, f"no new {name}"
         time.sleep(0.1)
@@ -212,10 +254,14 @@ class Fault:
     place: Callable[[], AbstractContextManager[Service]] = two_replicas
 
 
+surging, in_place = Updated(100), Updated(0)
 FAULTS = {
     "replica": Fault("`kill -9` of 1 of 2 replicas", kill(REPLICA, 2)),
     "engine": Fault("`kill -9` of 1 of 2 engines in replicas of their own", kill(ENGINE, 2), two_separate_engines),
     "engines": Fault("`kill -9` of both, one after the other", kill_each_engine, two_separate_engines),
+    "front": Fault("`kill -9` of the one ChatServer before two engines", kill(FRONT, 1), two_separate_engines),
+    "update": Fault("another model for the one replica, `max_surge_percent` 100", surging.strike, surging.place),
+    "update-in-place": Fault("the same, `max_surge_percent` 0", in_place.strike, in_place.place),
     "proxy": Fault("`kill -9` of the only HTTP proxy", kill(PROXY, 1)),
     "proxy-checked": Fault(
         "the same, proxies checked each second", kill(PROXY, 1), lambda: two_replicas(**CHECK_OFTEN)
