@@ -99,7 +99,8 @@ class Updated:
         model = shutil.copytree(FOLDER, self._folder / "v2")
         config = self._config(model) | {"http_options": {"host": "127.0.0.1", "port": httpx.URL(running.url).port}}
         (self._folder / "v2.yaml").write_text(yaml.safe_dump(config))
-        subprocess.Popen([BIN / "serve", "run", "--non-blocking", self._folder / "v2.yaml"], env=self._env).wait()
+        command = [BIN / "serve", "run", "--non-blocking", self._folder / "v2.yaml"]
+        subprocess.run(command, env=self._env, stdout=sys.stderr, check=True)
         return until_there_are(running, FRONT, 1, old.pid, is_alone=True)
 
     def _config(self, model: str | Path) -> dict[str, Any]:

@@ -68,6 +68,8 @@ class ReplyStream:
     def __init__(self, tools: Sequence[Any] | None = None) -> None:
         self.tool_calls: list[ToolCall] = []
         """Those that are complete; a call shows only at its end."""
+        self.cut_call = ""
+        """The tool of a call that was cut off: it shows with this name, and without arguments."""
         self._tools = tools
         self._begin("")
 
@@ -86,15 +88,15 @@ class ReplyStream:
             self._begin(rest)
         return released + self._release(is_whole=False)
 
-    def finish(self) -> str:
-        """The rest: call it once, when the reply is complete."""
-        return self._release(is_whole=True)
+    def finish(self, is_cut: bool = False) -> str:
+        """The rest: call it once, when the reply is complete, or cut off at its most tokens."""
+        return self._release(is_whole=True, is_cut=is_cut and bool(self._tools))
 
-    def _release(self, is_whole: bool) -> str:
+    def _release(self, is_whole: bool, is_cut: bool = False) -> str:
         if self._metadata is None:
             line, newline, rest = self._text.partition("\n")
-            if not newline and not is_whole:
-                return ""
+            if not newline and (is_cut or not is_whole):
+                return ""  # a part of a tool's name is none
             self._metadata, self._text = (line, rest) if newline else ("", line)
         is_plain = not self._metadata.strip()
         if self._tools and not is_plain:
@@ -102,7 +104,9 @@ class ReplyStream:
                 return ""
             if call := _tool_call(self._metadata, self._text):
                 self.tool_calls.append(call)
-            return "" if call else self._text
+            elif is_cut:
+                self.cut_call = self._metadata.strip()
+            return "" if call or is_cut else self._text
         if is_plain and not self._started:
             self._text = self._text.lstrip()
         end = len(self._text) - (0 if is_whole else held_back(self._text, (SEPARATOR, DATE_BLANK)))

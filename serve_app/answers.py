@@ -5,7 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
@@ -111,12 +111,23 @@ class Answer(Generic[Body]):
                     yield part
                 opening = []
                 if choice.is_over:
+                    if not delta.finish_reason:
+                        await _end_early(deltas)
                     return
         raise EngineError("the answer ended without a finish reason")
 
     def _usage(self) -> Usage:
         read, written = self._prompt_tokens, self._completion_tokens
         return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+
+class StoppedEarly(Exception):
+    """Thrown into an answer whose reader has its end: a stop text came, which is no abort."""
+
+
+async def _end_early(deltas: AsyncGenerator[Delta, None]) -> None:
+    with suppress(StoppedEarly, StopAsyncIteration):
+        await deltas.athrow(StoppedEarly())
 
 
 class EventStream(StreamingResponse):

@@ -20,6 +20,7 @@ from serve_app.disconnect import unless_gone
 from serve_app.errors import ApiError
 from serve_app.logprobs import content_logprob, token_bytes
 from serve_app.models import Models
+from serve_app.request_record import reserve
 from serve_app.requests import chat_guide, chatglm3_messages, chatglm3_tools, samplings
 
 DEFAULT_MAX_TOKENS = 512
@@ -49,6 +50,7 @@ def add_route(
             adapter=adapter,
         )
         await engine.prepare(asked[0])
+        await reserve(len(prompt_ids) + sum(sampling.max_tokens for sampling in asked))
         choices = []
         for index, sampling in enumerate(asked):
             choice = ChatChoice(index, tokenizer, is_chat, tools, body.stop or (), has_logprobs=bool(body.logprobs))
@@ -94,7 +96,8 @@ class ChatChoice:
         """Take a piece in: the parts of a stream that it makes."""
         text, is_last = delta.text, delta.finish_reason is not None
         if self._reply is not None:
-            text = self._reply.push(text) + (self._reply.finish() if is_last else "")
+            text = self._reply.push(text)
+            text += self._reply.finish(is_cut=delta.finish_reason == "length") if is_last else ""
         text = self._stop.push(text, is_last)
         self._content += text
         parts = self._text_parts(text, delta) + self._call_parts()
@@ -134,16 +137,23 @@ class ChatChoice:
         return not was_metadata
 
     def _call_parts(self) -> list[Json]:
-        """Calls that have come to their end since the last time: first the name, then the arguments."""
+        """Calls that have come to their end since the last time: first the name, then the arguments.
+
+        One that was cut off has its name alone: arguments are Python until they are complete.
+        """
+        if self._reply is None:
+            return []
         parts = []
-        for call in self._reply.tool_calls[len(self._calls) :] if self._reply else ():
-            index, answered = len(self._calls), _answered(call)
-            self._calls.append(answered)
+        new = [_answered(call) for call in self._reply.tool_calls[len(self._calls) :]]
+        if self._reply.cut_call:
+            new.append(_called(self._reply.cut_call, arguments=""))
+        for index, answered in enumerate(new, len(self._calls)):
             head = answered.model_dump()
             head["function"]["arguments"] = ""
             parts.append(self._part({"tool_calls": [{"index": index, **head}]}))
-            arguments = {"arguments": answered.function.arguments}
-            parts.append(self._part({"tool_calls": [{"index": index, "function": arguments}]}))
+            if arguments := answered.function.arguments:
+                parts.append(self._part({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}))
+        self._calls += new
         return parts
 
     def _chat_finish(self, finish_reason: FinishReason) -> ChatFinish:
@@ -154,6 +164,9 @@ class ChatChoice:
 
 
 def _answered(call: ToolCall) -> AnsweredTool:
-    arguments = json.dumps(call["parameters"], ensure_ascii=False)
-    function = chat_schema.AnsweredFunction(name=call["name"], arguments=arguments)
+    return _called(call["name"], json.dumps(call["parameters"], ensure_ascii=False))
+
+
+def _called(name: str, arguments: str) -> AnsweredTool:
+    function = chat_schema.AnsweredFunction(name=name, arguments=arguments)
     return AnsweredTool(id=f"call_{uuid.uuid4().hex}", function=function)

@@ -1,6 +1,6 @@
 """Bodies of POST /v1/chat/completions."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -63,8 +63,12 @@ class Message(RequestBody):
     """What an assistant's message calls."""
     tool_call_id: str | None = None
     """Taken and not needed: a tool's answer follows its call."""
+    name: str | None = None
+    """Taken and not used: ChatGLM3 knows roles, not people."""
     refusal: None = None
     """Taken, for clients that send answers back as they came."""
+    annotations: list[dict[str, Any]] | None = None
+    """Taken and not used, as above."""
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
@@ -137,6 +141,9 @@ class ChatRequest(GenerationRequest):
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit; send one")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two tools are called {min(twice)!r}; a call could mean either")
         if self.tools is None and self.tool_choice not in (None, "none"):
             raise ValueError("tool_choice needs tools")
         return self

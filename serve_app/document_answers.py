@@ -27,6 +27,7 @@ from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Do
 from serve_app.answers import STREAMS, EventStream, event
 from serve_app.disconnect import unless_gone
 from serve_app.errors import ApiError, api_error
+from serve_app.request_record import reserve
 from serve_app.schema import Usage
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,14 @@ def add_route(
     async def answer(body: AnswerRequest, request: Request) -> Response | AnswerBody:
         """Answer a question from documents, and say where it stands in them."""
         max_tokens = body.max_tokens or min(DEFAULT_MAX_TOKENS, engine.context_length // 4)
+        if max_tokens >= engine.context_length:
+            raise ApiError(
+                400,
+                f"max_tokens {max_tokens} leaves no room for a prompt in the model's context of "
+                f"{engine.context_length} tokens; send a smaller one",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
         sampling = Sampling(
             max_tokens=max_tokens,
             temperature=body.temperature or 0.0,
@@ -124,6 +133,7 @@ def add_route(
         )
         await engine.prepare(sampling)
         prompt_ids, parts = await run_in_threadpool(reader.prompt, body, engine.context_length - max_tokens)
+        await reserve(len(prompt_ids) + max_tokens)
         deltas = engine.generate(prompt_ids, sampling)
         reply = ReplyStream() if reader.prompt_format == "chat" else None
         written = _Answer(body, parts, deltas, reply, body.model or model_name, len(prompt_ids), observe)

@@ -1,6 +1,7 @@
 """Errors of the HTTP API, all in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -13,6 +14,9 @@ from chatglm3.engines import EngineError, PromptTooLong, RequestError, UnknownAd
 from chatglm3.errors import ModelError
 
 log = logging.getLogger(__name__)
+
+_ALTERNATIVE = re.compile(r"\W|^[A-Z]|^str$")
+"""What pydantic tried in the place of an error, which clients do not know: a type's name, literal[...]."""
 
 
 class ApiError(HTTPException):
@@ -90,7 +94,7 @@ def _sentence(error: StarletteHTTPException) -> str:
 
 def _validation_error(error: dict[str, Any]) -> ApiError:
     """The first thing that is wrong with a body, as one sentence that names its place."""
-    place = ".".join(str(part) for part in error["loc"][1:]) or None
+    place = ".".join(str(part) for part in error["loc"][1:] if not _ALTERNATIVE.search(str(part))) or None
     match error["type"]:
         case "json_invalid":
             return ApiError(400, f"the body is not JSON: {error['ctx']['error']}", code="invalid_json")

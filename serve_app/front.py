@@ -20,6 +20,14 @@ from serve_app.tracing import make_tracer
 _ONE_OF_MANY = b"# One replica's numbers; the next scrape may reach another. Ray's metrics port of each node has all.\n"
 
 
+EXPOSED = (
+    "X-Request-Id",
+    "Retry-After",
+    *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
+)
+"""Headers of answers that pages of other sites may read."""
+
+
 def _listed(value: Any) -> Any:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
@@ -85,7 +93,7 @@ def install(
             allow_origins=args.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
+            expose_headers=EXPOSED,
         )
     audit = open_audit_log(args.audit_log) if args.audit_log else None
     api.add_middleware(Observation, metrics=metrics, audit=audit, tracer=make_tracer(), returns_id=not behind_serve)

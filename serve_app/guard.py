@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError
 from serve_app.keys import Key, KeyFile
-from serve_app.ledger import Ledger
+from serve_app.ledger import Ledger, Standing
 from serve_app.request_record import RequestRecord, current, path_of
 
 
@@ -66,13 +66,26 @@ class Guard:
     async def _counted(
         self, key: Key | None, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
-        headers = await self._admitted(key)
+        if key is None or not (key.limits.requests_per_minute or key.limits.tokens_per_minute):
+            return await self._in_time(scope, receive, send, record)
+        admitted = await self._ledger.admit(key.name, key.limits)
+        _refuse_if_exhausted(admitted, record)
+        headers, reserved = admitted.headers, 0
+
+        async def reserve(tokens: int) -> None:
+            nonlocal reserved
+            standing = await self._ledger.reserve(key.name, key.limits, tokens)
+            headers.update(standing.headers)
+            _refuse_if_exhausted(standing, record)
+            reserved += tokens
+
+        record.reserve = reserve if key.limits.tokens_per_minute else None
         try:
             await self._in_time(scope, receive, _with_headers(send, headers), record)
         finally:
-            if key and (tokens := record.prompt_tokens + record.completion_tokens):
+            if tokens := record.prompt_tokens + record.completion_tokens - reserved:
                 # Shielded: a client that goes away must not get its tokens for nothing.
-                await asyncio.shield(self._ledger.charge(key.name, key.limits, tokens))
+                await asyncio.shield(self._ledger.settle(key.name, key.limits, tokens))
 
     def _authenticated(self, scope: Scope) -> Key | None:
         if self._keys is None:
@@ -87,21 +100,6 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         return key
-
-    async def _admitted(self, key: Key | None) -> dict[str, str]:
-        """Headers that tell the client how it stands. ApiError if its limits are used up."""
-        if key is None or not (key.limits.requests_per_minute or key.limits.tokens_per_minute):
-            return {}
-        standing = await self._ledger.admit(key.name, key.limits)
-        if standing.retry_after_s:
-            raise ApiError(
-                429,
-                f"the key's {standing.exhausted} per minute are used up; try again in "
-                f"{standing.headers['retry-after']} s",
-                code=f"{standing.exhausted}_per_minute_exceeded",
-                headers=standing.headers,
-            )
-        return standing.headers
 
     async def _in_time(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         begun = ""  # content type of the answer, once there is one
@@ -127,6 +125,17 @@ class Guard:
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
+def _refuse_if_exhausted(standing: Standing, record: RequestRecord) -> None:
+    if standing.retry_after_s:
+        record.rejected = f"{standing.exhausted}_per_minute_exceeded"
+        raise ApiError(
+            429,
+            f"the key's {standing.exhausted} per minute are used up; try again in {standing.headers['retry-after']} s",
+            code=record.rejected,
+            headers=standing.headers,
+        )
+
+
 async def _respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(error.body, error.status_code, error.headers)(scope, receive, send)
 
@@ -137,4 +146,4 @@ def _with_headers(send: Send, headers: dict[str, str]) -> Send:
             MutableHeaders(scope=message).update(headers)
         await send(message)
 
-    return sending if headers else send
+    return sending

@@ -37,8 +37,12 @@ class Ledger(Protocol):
     async def admit(self, name: str, limits: Limits) -> Standing:
         """Count one request of the key called `name`, if it has a request and any token left."""
 
-    async def charge(self, name: str, limits: Limits, tokens: int) -> None:
-        """Count tokens of a request that was admitted. They are known at its end, so a key may owe some."""
+    async def reserve(self, name: str, limits: Limits, tokens: int) -> Standing:
+        """Take as many tokens as an admitted request may need, if they are there; all of a minute's for one that needs
+        more than that."""
+
+    async def settle(self, name: str, limits: Limits, tokens: int) -> None:
+        """Count what a request used beyond what it reserved; below 0 it gets that back."""
 
 
 class LocalLedger:
@@ -58,10 +62,19 @@ class LocalLedger:
             buckets["requests"].level -= 1
         return Standing(0.0, left=_left(buckets))
 
-    async def charge(self, name: str, limits: Limits, tokens: int) -> None:
-        """See `Ledger.charge`."""
-        if bucket := self._of(name, limits).get("tokens"):
+    async def reserve(self, name: str, limits: Limits, tokens: int) -> Standing:
+        """See `Ledger.reserve`."""
+        buckets = self._of(name, limits)
+        if bucket := buckets.get("tokens"):
+            if wait_s := bucket.seconds_until(min(tokens, bucket.limit)):
+                return Standing(wait_s, "tokens", _left(buckets))
             bucket.level -= tokens
+        return Standing(0.0, left=_left(buckets))
+
+    async def settle(self, name: str, limits: Limits, tokens: int) -> None:
+        """See `Ledger.settle`."""
+        if bucket := self._of(name, limits).get("tokens"):
+            bucket.level = min(bucket.limit, bucket.level - tokens)
 
     def _of(self, name: str, limits: Limits) -> "dict[str, _Bucket]":
         now = self._clock()

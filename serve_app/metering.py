@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from chatglm3.engines import Delta, Engine, Load, PromptTooLong, Sampling
 from serve_app import metrics
+from serve_app.answers import StoppedEarly
 from serve_app.metrics import Metrics
 from serve_app.places import Places
 from serve_app.request_record import RequestRecord, current
@@ -47,8 +48,10 @@ class MeteredEngine:
         deltas = self._engine.generate(prompt_ids, sampling)
         record = current.get() or RequestRecord("")
         record.model = sampling.adapter or self._metrics.model
-        record.prompt_tokens += len(prompt_ids)
-        self._metrics.record(metrics.PROMPT_TOKENS, len(prompt_ids), model=record.model)
+        if record.prompt is not prompt_ids:
+            record.prompt = prompt_ids
+            record.prompt_tokens += len(prompt_ids)
+            self._metrics.record(metrics.PROMPT_TOKENS, len(prompt_ids), model=record.model)
         return self._measured(deltas, record)
 
     async def _measured(
@@ -71,6 +74,8 @@ class MeteredEngine:
                     ending = delta.finish_reason or ending
                     self._metrics.record(metrics.GENERATION_TOKENS, count, model=model)
                     yield delta
+            except StoppedEarly:
+                ending = "stop"
             except Exception:
                 ending = "error"
                 raise

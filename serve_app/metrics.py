@@ -48,7 +48,7 @@ PROMPT_TOKENS = Instrument("counter", "prompt_tokens", "Tokens of prompts.")
 GENERATION_TOKENS = Instrument("counter", "generation_tokens", "Tokens of answers.")
 FINISHED = Instrument(
     "counter", "request_success",
-    "Generations that ended, by how: stop, length, error, or abort (the client left, or its stop text came).",
+    "Generations that ended, by how: stop, length, error, or abort (the client left).",
     ("model", "finished_reason"),
 )  # fmt: skip
 RUNNING = Instrument("gauge", "num_requests_running", "Requests that the engine answers now.")

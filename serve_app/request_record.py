@@ -1,6 +1,7 @@
 """What is known of the request that is being answered: for logs, metrics, traces and quotas. Never its contents."""
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -16,10 +17,14 @@ class RequestRecord:
     """Name of the API key."""
     answers_at_once: int = 0
     """How many answers the key may have written at a time; 0 is no limit."""
+    reserve: Callable[[int], Awaitable[None]] | None = None
+    """Takes tokens from what the key may use, before they are read and written. ApiError if there are too few."""
     places: asyncio.Semaphore | None = None
     """Those that the request may take in the engine."""
     model: str = ""
     """The model or adapter that answers."""
+    prompt: Sequence[int] | None = None
+    """The last one that was counted: all choices of a prompt are asked with the same list."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     first_token_s: float | None = None
@@ -32,6 +37,12 @@ class RequestRecord:
 def path_of(scope: Scope) -> str:
     """The path as routes have it: without the prefix that the application is served under."""
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+async def reserve(tokens: int) -> None:
+    """Take what a request will read and may write from what its key may use. ApiError if that is too little."""
+    if (record := current.get()) and record.reserve:
+        await record.reserve(tokens)
 
 
 current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)

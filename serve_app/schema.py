@@ -16,8 +16,22 @@ class RequestBody(BaseModel):
     """Part of a body that a client sends."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """Fields that are not known here and null ask for nothing: clients send what they have of OpenAI's."""
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None or name in known}
 
 
 class ResponseBody(BaseModel):

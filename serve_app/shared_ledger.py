@@ -34,19 +34,22 @@ class SharedLedger:
 
     async def admit(self, name: str, limits: Limits) -> Standing:
         """See `Ledger.admit`."""
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                standing: Standing = await self._server.admit.remote(name, limits)
-                return standing
-        except (TimeoutError, RayError, RayServeException) as error:
-            log.warning("the ledger of API keys does not answer (%r); this replica counts alone", error)
-            return await self._alone.admit(name, limits)
+        standing: Standing = await self._asked("admit", name, limits)
+        return standing
 
-    async def charge(self, name: str, limits: Limits, tokens: int) -> None:
-        """See `Ledger.charge`."""
+    async def reserve(self, name: str, limits: Limits, tokens: int) -> Standing:
+        """See `Ledger.reserve`."""
+        standing: Standing = await self._asked("reserve", name, limits, tokens)
+        return standing
+
+    async def settle(self, name: str, limits: Limits, tokens: int) -> None:
+        """See `Ledger.settle`."""
+        await self._asked("settle", name, limits, tokens)
+
+    async def _asked(self, method: str, *arguments: Any) -> Any:
         try:
             async with asyncio.timeout(PATIENCE_S):
-                await self._server.charge.remote(name, limits, tokens)
+                return await getattr(self._server, method).remote(*arguments)
         except (TimeoutError, RayError, RayServeException) as error:
             log.warning("the ledger of API keys does not answer (%r); this replica counts alone", error)
-            await self._alone.charge(name, limits, tokens)
+            return await getattr(self._alone, method)(*arguments)

@@ -134,6 +134,7 @@ def test_a_failure_within_a_stream_is_its_last_event(tokenizer):
         ({"documents": ["x"] * 1001}, "documents"),
         ({"question": " "}, "question"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 8192}, "max_tokens"),
         ({"tools": []}, "tools"),
     ],
 )

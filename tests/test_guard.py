@@ -195,7 +195,7 @@ def test_a_bucket_fills_up_within_a_minute():
     assert admit("b").retry_after_s == 0
     now = 20.0
     assert admit().retry_after_s == 0
-    asyncio.run(ledger.charge("a", limits, 90))
+    asyncio.run(ledger.settle("a", limits, 90))
     now = 45.0
     assert (admit().exhausted, admit().retry_after_s) == ("tokens", 6.0)
     now = 51.0
@@ -216,6 +216,7 @@ def test_requests_and_tokens_beyond_a_keys_limits_wait(key_file):
     assert refused.headers["retry-after"] == "30"
     used = ask(api, short, stream=True)
     assert used.status_code == 200
+    assert used.headers["x-ratelimit-remaining-tokens"] == "0"  # what it may write is taken, and given back at its end
     assert code_of(ask(api, short)) == (429, "tokens_per_minute_exceeded")
     assert [ask(api, free).status_code for _ in range(4)] == [200] * 4
 
@@ -225,6 +226,36 @@ def test_tokens_of_an_answer_that_was_broken_off_count_too(key_file):
     api = served(clockwork(step_s=0.2), api_keys=str(key_file), request_timeout_s=0.3)
     assert ask(api, key, stream=True).text.endswith('"code": "timeout"}}\n\n')
     assert code_of(ask(api, key)) == (429, "tokens_per_minute_exceeded")
+
+
+def test_tokens_are_taken_before_they_are_written_and_given_back_at_the_end(key_file):
+    key = add_key(key_file, "a", Limits(tokens_per_minute=1000))
+    api = served(clockwork(step_s=0.02), api_keys=str(key_file))
+
+    async def twenty(client: httpx.AsyncClient) -> list[httpx.Response]:
+        body = CHAT | {"max_tokens": 300}
+        asked = (client.post("/v1/chat/completions", json=body, headers=bearer(key)) for _ in range(20))
+        return await asyncio.gather(*asked)
+
+    answers = run(api, twenty)
+    assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 17
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert code_of(refused) == (429, "tokens_per_minute_exceeded")
+    assert int(refused.headers["x-ratelimit-remaining-tokens"]) < 100
+    used = sum(answer.json()["usage"]["total_tokens"] for answer in answers if answer.status_code == 200)
+    after = ask(api, key, max_tokens=1)
+    left = 1000 - used - after.json()["usage"]["prompt_tokens"] - 1
+    assert left <= int(after.headers["x-ratelimit-remaining-tokens"]) <= left + 20  # it fills up meanwhile
+
+
+def test_a_request_that_may_need_more_than_a_minutes_tokens_waits_for_all_of_them():
+    now, limits = 0.0, Limits(tokens_per_minute=60)
+    ledger = LocalLedger(clock=lambda: now)
+    assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 0
+    asyncio.run(ledger.settle("a", limits, 30 - 500))
+    assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 30
+    now = 30.0
+    assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 0
 
 
 # Places and deadlines
@@ -287,6 +318,10 @@ def test_other_sites_may_ask_only_if_they_are_named(key_file):
     assert options(named).status_code == 200
     assert options(named).headers["access-control-allow-origin"] == "https://a.example"
     assert "access-control-allow-origin" not in options(served(clockwork(), api_keys=str(key_file))).headers
+    exposed = get(named, "/v1/models", origin="https://a.example", **bearer(key)).headers[
+        "access-control-expose-headers"
+    ]
+    assert {"Retry-After", "X-Request-Id", "x-ratelimit-remaining-tokens"} <= {*exposed.split(", ")}
     other = get(named, "/v1/models", origin="https://c.example", **bearer(key))
     assert (other.status_code, "access-control-allow-origin" in other.headers) == (200, False)
 
@@ -319,6 +354,28 @@ def test_the_audit_log_tells_everything_but_what_was_said(key_file, tmp_path):
     assert [e["finish_reason"] for e in entries] == ["stop", "", "stop", "", ""]
     assert entries[0]["id"] == answer.headers["x-request-id"]
     assert entries[0]["time"].endswith("+00:00")
+
+
+def test_a_prompt_is_counted_once_however_many_choices_it_has(key_file, tmp_path):
+    key = add_key(key_file, "a", Limits(tokens_per_minute=100_000))
+    api = served(clockwork(), api_keys=str(key_file), audit_log=str(tmp_path / "audit"), metrics="open")
+    usage = ask(api, key, n=32).json()["usage"]
+    [entry] = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert (entry["prompt_tokens"], entry["completion_tokens"]) == (usage["prompt_tokens"], 32 * 4)
+    assert f'prompt_tokens_total{{model="tiny"}} {usage["prompt_tokens"]}.0' in get(api, "/metrics").text
+    body = {"model": "tiny", "prompt": [[5, 6], [5, 6, 7]], "n": 3}
+    answer = run(api, lambda client: client.post("/v1/completions", json=body, headers=bearer(key))).json()
+    entry = json.loads((tmp_path / "audit").read_text().splitlines()[-1])
+    assert entry["prompt_tokens"] == answer["usage"]["prompt_tokens"] == 5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_a_stop_text_ended_is_no_abort(stream, tmp_path):
+    api = served(clockwork(), audit_log=str(tmp_path / "audit"))
+    assert '"finish_reason":"stop"' in ask(api, stop="密", stream=stream).text
+    [entry] = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert entry["finish_reason"] == "stop"
+    assert 'request_success_total{finished_reason="stop",model="tiny"} 1.0' in get(api, "/metrics").text
 
 
 def test_an_audit_log_that_was_moved_away_is_begun_again(tmp_path):

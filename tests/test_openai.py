@@ -301,11 +301,11 @@ def streamed(client: openai.OpenAI, **fields: Any) -> tuple[str, list[tuple[str,
 
 
 class Recorded(Clockwork):
-    """Says the text as it is, and not after an empty line of metadata."""
+    """Says the text as it is, and not after an empty line of metadata; as much of it as it may."""
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        for character in self.text:
-            yield Delta(character, (5,))
+        for number, character in enumerate(self.text, 1):
+            yield Delta(character, (5,), "length" if number == sampling.max_tokens else None)
         yield Delta("", (2,), "stop")
 
 
@@ -326,6 +326,31 @@ def test_every_recorded_reply_is_told_in_openais_shape(shared, tokenizer):
             if "ok" in case and fields.get("tools") and isinstance(case["ok"][0], dict):
                 assert calls == [(case["ok"][0]["name"], case["ok"][0]["parameters"])]
             assert streamed(client, max_tokens=100, **fields) == told(choice)
+
+
+@pytest.mark.parametrize(("max_tokens", "calls"), [(7, []), (12, [("get_weather", "")]), (50, [("get_weather", "")])])
+def test_a_call_that_is_cut_off_has_its_name_alone_and_is_no_content(tokenizer, max_tokens, calls):
+    text = "get_weather\n ```python\ntool_call(city='北京', days=3)\n```"
+    with served(make_api(Recorded(text), tokenizer, "tiny", "chat")) as url:
+        client = client_of(url)
+        fields = {"tools": [WEATHER], "max_tokens": max_tokens, "stop": "tool"}
+        [choice] = ask(client, **fields).choices
+        assert not choice.message.content
+        assert told(choice)[1:] == (calls, "length")
+        assert streamed(client, **fields) == ("", calls, "length")
+        whole = ask(client, **fields | {"max_tokens": 100}).choices[0]
+        assert told(whole)[1:] == ([("get_weather", '{"city": "北京", "days": 3}')], "tool_calls")
+
+
+def test_an_answer_can_be_sent_back_as_the_client_has_it(client):
+    message = ask(client).choices[0].message
+    more = [{"role": "user", "name": "bob", "content": "谢谢"}]
+    for echoed in (message, message.model_dump(), message.model_dump() | {"annotations": []}):
+        assert ask(client, messages=[*QUESTION, echoed, *more], extra_body={"metadata": None, "store": None}).choices
+    called = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [called]}]
+    turns += [{"role": "tool", "name": "f", "tool_call_id": "1", "content": "1"}]
+    assert ask(client, messages=[*QUESTION, *turns]).choices
 
 
 def test_a_completion_goes_on_with_the_text(client, engine, tokenizer):

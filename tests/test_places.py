@@ -1,7 +1,6 @@
 """Who gets the rows of an engine: one request's choices half of them, one key's answers as many as it may have."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,17 @@ async def looks(engine: TransformersEngine, job: asyncio.Task[Any]) -> AsyncIter
 
 
 def test_many_choices_of_one_request_leave_half_of_the_engine_to_others(engine):
-    async def both(client: httpx.AsyncClient) -> tuple[list[int], float, dict[str, Any]]:
-        many = asyncio.create_task(post(client, max_tokens=150, n=8, temperature=1.0, seed=1))
+    async def both(client: httpx.AsyncClient) -> tuple[list[int], dict[str, Any]]:
+        many = asyncio.create_task(post(client, max_tokens=300, n=8, temperature=1.0, seed=1))
         rows = [number async for number in looks(engine, asyncio.create_task(asyncio.sleep(0.3)))]
-        began = time.monotonic()
         assert (await post(client, max_tokens=3)).status_code == 200
-        waited = time.monotonic() - began
         assert not many.done()
-        return rows, waited, (await many).json()
+        return rows, (await many).json()
 
-    rows, waited, answer = run(served(engine), both)
+    rows, answer = run(served(engine), both)
     assert max(rows) == 2
-    assert waited < 0.3
     assert [len(choice["message"]["content"]) > 0 for choice in answer["choices"]] == [True] * 8
-    assert answer["usage"]["completion_tokens"] == 8 * 150
+    assert answer["usage"]["completion_tokens"] == 8 * 300
 
 
 def test_a_key_has_no_more_answers_written_at_once_than_it_may(engine, tmp_path: Path):
@@ -63,14 +59,12 @@ def test_a_key_has_no_more_answers_written_at_once_than_it_may(engine, tmp_path:
     api = served(engine, api_keys=str(tmp_path / "keys"), answers_at_once=3)
 
     async def flood(client: httpx.AsyncClient) -> list[httpx.Response]:
-        long = [asyncio.create_task(post(client, busy, max_tokens=300)) for _ in range(20)]
+        long = [asyncio.create_task(post(client, busy, max_tokens=600)) for _ in range(20)]
         await asyncio.sleep(0.2)
-        began = time.monotonic()
         assert (await post(client, other, max_tokens=3)).status_code == 200
-        assert time.monotonic() - began < 0.3
-        return await asyncio.gather(
-            *long, post(client, other, max_tokens=3, n=4), post(client, other, max_tokens=3, n=3)
-        )
+        assert sum(not job.done() for job in long) == 2
+        few = [await post(client, other, max_tokens=3, n=n) for n in (4, 3)]
+        return [*await asyncio.gather(*long), *few]
 
     *flooding, too_many, few = run(api, flood)
     assert sorted(answer.status_code for answer in flooding) == [200] * 2 + [429] * 18

@@ -170,12 +170,15 @@ def test_the_specification_says_what_is_taken(url):
     assert schemas["ChatRequest"]["additionalProperties"] is False
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 WRONG_FIELDS = [
     ({"tools": []}, "tools", "invalid_value"),
     ({"functions": []}, "functions", "unknown_parameter"),
     ({"\ud800": 1}, None, "invalid_value"),
     ({"stream_options": {"include": True}, "stream": True}, "stream_options.include", "unknown_parameter"),
-    ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name", "unknown_parameter"),
+    ({"messages": [{"role": "user", "content": "x", "face": "n"}]}, "messages.0.face", "unknown_parameter"),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "invalid_value"),
+    ({"tools": [TOOL, TOOL]}, None, "invalid_value"),
     ({"max_tokens": -1}, "max_tokens", "invalid_value"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),
     ({"max_tokens": "8"}, "max_tokens", "invalid_value"),
