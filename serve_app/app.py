@@ -27,7 +27,7 @@ from chatglm3.weights import open_weights
 from cluster.errors import StageError
 from cluster.storage import RECEIPT, read_receipt
 from serve_app import front
-from serve_app.adapter_args import check_adapters
+from serve_app.adapter_args import AdapterCheck, check_adapters
 from serve_app.app_args import AppArgs
 from serve_app.document_answers import document_style
 from serve_app.engine_server import EngineReplica, EngineServer, engine_of_this_replica, join_serve_log
@@ -58,7 +58,9 @@ def build(args: AppArgs) -> Application:
         facts = _facts(folder)
         style = document_style(facts, args.model)
         files = front.check_files(args)
-        adapters = check_adapters(args.adapters, args.adapter_dir, facts.get("prompt_format", "chat"), style)
+        adapters = check_adapters(
+            args.adapters, args.adapter_dir, facts.get("prompt_format", "chat"), style, args.engine
+        )
     except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.
@@ -144,7 +146,9 @@ class ChatServer(EngineReplica):
         self._metrics = Metrics(args.name, [RaySink(serve.get_replica_context().replica_tag)])
         _warn_of_open_door(args)
         engine = RemoteEngine(engines, args) if engines else engine_of_this_replica(args)
-        self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens)
+        facts = _facts(args.model)
+        check = AdapterCheck(engine.adapters, facts.get("prompt_format", "chat"), document_style(facts, args.model))
+        self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens, check)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, facts = self._args, _facts(self._args.model)

@@ -1,7 +1,7 @@
 """An engine that is measured: what each request reads and writes, and how long it takes."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from chatglm3.engines import Delta, Engine, Load, PromptTooLong, Sampling
@@ -15,8 +15,15 @@ from serve_app.request_record import RequestRecord, current
 class MeteredEngine:
     """Passes everything on to an engine, and takes down what its answers were."""
 
-    def __init__(self, engine: Engine, measured: Metrics, max_prompt_tokens: int | None = None) -> None:
-        """Prompts of more than `max_prompt_tokens` are refused."""
+    def __init__(
+        self,
+        engine: Engine,
+        measured: Metrics,
+        max_prompt_tokens: int | None = None,
+        check_adapter: Callable[[str], object] = bool,
+    ) -> None:
+        """Prompts of more than `max_prompt_tokens` are refused, and adapters that `check_adapter` raises for."""
+        self._check_adapter = check_adapter
         self._engine = engine
         self._metrics = measured
         self._max_prompt_tokens = max_prompt_tokens
@@ -37,6 +44,8 @@ class MeteredEngine:
 
     async def prepare(self, sampling: Sampling) -> None:
         """See `Engine.prepare`."""
+        if sampling.adapter:
+            self._check_adapter(sampling.adapter)
         await self._engine.prepare(sampling)
 
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:

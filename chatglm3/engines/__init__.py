@@ -233,7 +233,7 @@ def load_engine(
     if name == "auto":
         from chatglm3.engines.choice import choose_engine
 
-        chosen, why = choose_engine(folder)
+        chosen, why = choose_engine(folder, adapters)
         log.info("engine auto: %s, %s", chosen, why)
     if chosen == "vllm":
         return _vllm_engine(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chatglm3.engines.request_errors import UnknownAdapter
+from chatglm3.folder import read_json
 
 
 class AdapterFolders:
@@ -32,6 +33,10 @@ class AdapterFolders:
             raise UnknownAdapter(
                 f"there is no adapter {name!r}; there are: {', '.join(self.names()) or 'none'}"
             ) from None
+
+    def with_dora(self) -> list[str]:
+        """Names of those that are DoRA, which not every engine can load."""
+        return [name for name in self.names() if read_json(self.find(name) / "adapter_config.json").get("use_dora")]
 
     def _all(self) -> dict[str, Path]:
         shelf = self._shelf.iterdir() if self._shelf is not None and self._shelf.is_dir() else ()

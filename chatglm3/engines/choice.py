@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
+from chatglm3.engines.adapter_folders import AdapterFolders
 from chatglm3.errors import ModelError
 from chatglm3.folder import model_folder, read_json
 
 
-def choose_engine(folder: str | Path) -> tuple[str, str]:
-    """Name of the engine that `auto` stands for, and why."""
+def choose_engine(folder: str | Path, adapters: AdapterFolders | None = None) -> tuple[str, str]:
+    """Name of the engine that `auto` stands for, with these adapters, and why."""
     if not torch.cuda.is_available():
         return "transformers", "as there is no GPU here"
     if find_spec("vllm") is None:
@@ -22,6 +23,8 @@ def choose_engine(folder: str | Path) -> tuple[str, str]:
     method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
     if method == "bitsandbytes":
         return "transformers", "as bitsandbytes formats are not for vLLM; merge --format fp8 or w4a16 are"
+    if dora := adapters.with_dora() if adapters else []:
+        return "transformers", f"as adapter {dora[0]} is DoRA, which vLLM refuses"
     return "vllm", "the fastest on a GPU"
 
 
