@@ -108,7 +108,7 @@ class MergeConfig(Config):
         if self.onto != "16bit" and not self.adapters and not self.verify:
             raise ValueError(f"onto: without --adapter there is nothing to add to {self.onto}; leave it out")
         if self.onto == "auto" and self.measure is False:
-            raise ValueError("measure: --onto auto chooses by measuring; leave --measure false out, or name the base")
+            raise ValueError("measure: --onto auto chooses by measuring; leave --measure out, or say what to add to")
         return self
 
     @property
@@ -127,13 +127,12 @@ def merge(config: MergeConfig) -> str:
     storage.check_output(config.out, "merge")
     told = told_by_all(config)
     base = open_base(config, told)
-    paths = [base.path, *map(Path, config.adapters)]
-    inputs = {str(path): folder_digest(path) for path in paths}
     measured_on, calibrated_on = measuring_rows(config, base), calibration_rows(config, base)
+    models = {str(path): folder_digest(path) for path in (base.path, *map(Path, config.adapters))}
+    inputs = models | {str(data): data_digest(data) for data in (measured_on, calibrated_on) if data}
     receipt = storage.receipt_of("merge", config, inputs=inputs, facts=make_facts(config, base, told))
-    receipt.inputs |= {str(data): data_digest(data) for data in (measured_on, calibrated_on) if data}
     refused_report(config.out).unlink(missing_ok=True)
-    with storage.publish(config.out, receipt, _digest(config, base, inputs, calibrated_on), write_sums) as folder:
+    with storage.publish(config.out, receipt, _digest(config, base, models, calibrated_on), write_sums) as folder:
         for name in (REPORT, SUMS, storage.RECEIPT):  # of a run that was killed when its weights were written
             (folder / name).unlink(missing_ok=True)
         write_companions(base.path, folder)
@@ -146,17 +145,20 @@ def merge(config: MergeConfig) -> str:
         receipt.counts |= numbers(yardstick) if yardstick else {}
         write_card(folder, receipt.facts, config, yardstick)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
-    names = " + ".join(name if factor == 1 else f"{factor} x {name}" for name, factor in config.adapters.items())
-    what = f"{names} folded into {base.name}" if names else f"{base.name} converted"
     size = f"{receipt.counts['bytes'] / 1e6:,.1f} MB"
-    print(f"merge: {what}, {config.format}, {size} in {receipt.seconds} s -> {config.out}")
+    print(f"merge: {_what(config, base)}, {config.format}, {size} in {receipt.seconds} s -> {config.out}")
     return config.out
 
 
-def _digest(config: MergeConfig, base: ModelFolder, inputs: dict[str, str], calibrated_on: Path | None) -> str:
+def _what(config: MergeConfig, base: ModelFolder) -> str:
+    names = " + ".join(name if factor == 1 else f"{factor} x {name}" for name, factor in config.adapters.items())
+    return f"{names} folded into {base.name}" if names else f"{base.name} converted"
+
+
+def _digest(config: MergeConfig, base: ModelFolder, models: dict[str, str], calibrated_on: Path | None) -> str:
     """Stands for the weights that are made: files that another run of the same digest wrote are gone on behind."""
     rows = data_digest(calibrated_on) if calibrated_on else ""
-    made = [base.weights_digest, inputs, config.adapters, config.format, config.onto, rows]
+    made = [base.weights_digest, models, config.adapters, config.format, config.onto, rows]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 

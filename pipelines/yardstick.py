@@ -1,6 +1,7 @@
 """What a merged model is measured against: the model that was trained, with its adapters live."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from pipelines.answering import ask_all
 from pipelines.folding import MergedWeights
 from pipelines.metrics import Score, summarize
 from pipelines.questions import read_questions, score_answer
+
+# It would say for each layer and token that it casts what is in bf16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 BATCH = 16  # questions that are answered at a time
 

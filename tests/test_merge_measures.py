@@ -20,7 +20,7 @@ from pipelines.folding import folded
 from pipelines.merging import MergeConfig, merge
 from pipelines.metrics import summarize
 from pipelines.model_folders import open_model
-from pipelines.questions import read_questions, score_answer
+from pipelines.questions import Row, read_questions, score_answer
 from pipelines.weight_formats import through_nf4
 from pipelines.yardstick import live_model
 from tests.merge_inputs import kl, trained_tiny, tuned_adapter
@@ -31,6 +31,13 @@ SETTINGS: dict[str, Any] = {"score_rows": 8, "score_tokens": 48}
 @pytest.fixture(scope="module")
 def tuned(rows: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return trained_tiny(tmp_path_factory.mktemp("tuned") / "adapter", rows)
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tuned: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Answers of the merged model, not quantised, to questions it was tuned on."""
+    out = merge(MergeConfig(adapter=tuned, measure=False, out=str(tmp_path_factory.mktemp("bf16") / "model")))
+    return answers(out, read_questions(Path(rows, "train"), 24))
 
 
 def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, rows: str, tmp_path: Path):
@@ -53,26 +60,36 @@ def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, rows
     assert counts["kl"] < storage.open_folder(nearest).receipt.counts["kl"], "GPTQ is nearer than the nearest values"
 
 
-def test_answers_to_questions_are_scored_as_evaluate_scores_them(tuned: str, rows: str, tmp_path: Path):
-    out = Path(merge(MergeConfig(adapter=tuned, out=str(tmp_path / "model"), **SETTINGS)))
-    questions = read_questions(Path(rows, "dev"), 8)
-    engine = load_engine("transformers", out, dtype="bfloat16")
+def answers(folder: str, questions: list[Row]) -> list[str]:
+    """What the embedded engine answers from a folder."""
+    engine = load_engine("transformers", folder, dtype="bfloat16")
     instructions = [row["instruction"] for row in questions]
     try:
-        given = asyncio.run(ask_all(engine, load_tokenizer(out), instructions, "chat", Sampling(max_tokens=48)))
+        asked = ask_all(engine, load_tokenizer(folder), instructions, "chat", Sampling(max_tokens=48))
+        return [answer.text for answer in asyncio.run(asked)]
     finally:
         engine.close()
-    scores = summarize([score_answer(row, answer.text) for row, answer in zip(questions, given, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "least"), [("bf16", 24), ("nf4", 12), ("int8", 17), ("fp8", 16), ("w4a16", 12)]
+)
+def test_the_embedded_engine_answers_from_every_format_as_was_measured_and_nearly_as_from_bf16(
+    weight_format: Any, least: int, tuned: str, in_bf16: list[str], rows: str, tmp_path: Path
+):
+    config = MergeConfig(adapter=tuned, format=weight_format, out=str(tmp_path / "model"), **SETTINGS)
+    out = Path(merge(config))
+    questions = read_questions(Path(rows, "dev"), SETTINGS["score_rows"])
+    given = answers(str(out), questions)
+    scores = summarize([score_answer(row, answer) for row, answer in zip(questions, given, strict=True)])
     counts = storage.open_folder(out).receipt.counts
-    assert counts["questions"] == 8
-    assert counts["same_answers"] >= 4
-    assert (counts["exact_match"], counts["f1"]) == (
-        round(scores["exact_match"].value, 4),
-        round(scores["f1"].value, 4),
-    )
+    assert counts["questions"] == len(questions)
+    for name in ("exact_match", "f1"):
+        assert counts[name] == round(scores[name].value, 4)
     for text in ((out / "report.html").read_text(), (out / "README.md").read_text()):
         assert "exact match" in text
-        assert f"{counts['same_answers']} of 8" in text
+        assert f"{counts['same_answers']} of {len(questions)}" in text
+    assert sum(map(str.__eq__, answers(str(out), read_questions(Path(rows, "train"), 24)), in_bf16)) >= least
 
 
 def test_onto_auto_keeps_what_answers_better(tuned: str, tmp_path: Path):
