@@ -1,0 +1,66 @@
+"""What merge writes of a tuned model, in vLLM on CPU: the embedded engine's answers, in each format that vLLM has."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatglm3.engines import EngineName, Sampling, load_engine
+from chatglm3.errors import ModelError
+from chatglm3.tokenizer import load_tokenizer
+from pipelines.answering import ask_all
+from pipelines.merging import MergeConfig, merge
+from pipelines.questions import read_questions
+from tests.merge_inputs import demo_rows, trained_tiny
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return demo_rows(tmp_path_factory.mktemp("data") / "data", ROWS)
+
+
+@pytest.fixture(scope="module")
+def tuned(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return trained_tiny(tmp_path_factory.mktemp("tuned") / "adapter", data)
+
+
+def answers(name: EngineName, folder: str, data: str) -> list[str]:
+    instructions = [row["instruction"] for row in read_questions(Path(data, "dev"))]
+
+    async def asked() -> list[str]:
+        engine = load_engine(name, folder, dtype="bfloat16", max_batch=16)
+        try:
+            sampling = Sampling(max_tokens=48)
+            return [
+                answer.text for answer in await ask_all(engine, load_tokenizer(folder), instructions, "chat", sampling)
+            ]
+        finally:
+            engine.close()
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "fp8", "w4a16"])
+def test_vllm_answers_from_a_format_as_the_embedded_engine_does(
+    weight_format: Any, tuned: str, data: str, tmp_path: Path
+) -> None:
+    config = MergeConfig(adapter=tuned, data=data, format=weight_format, measure=False, out=str(tmp_path / "model"))
+    out = merge(config)
+    found, wanted = answers("vllm", out, data), answers("transformers", out, data)
+    # The engines add up in another order, so that a near tie may fall the other way.
+    assert sum(map(str.__eq__, found, wanted)) >= ROWS - 1
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", "int8"])
+def test_vllm_refuses_the_formats_that_the_card_says_it_does_not_load(weight_format: Any, tmp_path: Path) -> None:
+    out = merge(MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model")))
+    with pytest.raises(ModelError, match="Unknown quantization method: bitsandbytes"):
+        load_engine("vllm", out)
