@@ -287,3 +287,29 @@ def test_the_page_may_load_nothing_from_elsewhere(url):
 def test_the_page_can_be_left_out(engine):
     with served(guarded(engine, playground=False)) as url:
         assert httpx.get(url).status_code == 404
+
+
+def test_a_wide_screen_shows_documents_and_chat_side_by_side(open_page, engine):
+    page = open_page(viewport={"width": 1600, "height": 900})
+    left, right = (page.locator(f"#panel-{name}").bounding_box() for name in ("documents", "chat"))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    assert not page.is_visible("[role=tablist]")
+    engine.text = cited_answer("蓝色", 1, "天空是蓝色的。")
+    ask(page, SKY)
+    page.focus("#message")
+    page.keyboard.insert_text("你好")
+    page.keyboard.press("Enter")
+    expect(page.locator("#talk .numbers")).to_have_count(1)
+    assert page.is_visible("#said")
+
+
+def test_a_question_of_three_lines_is_seen_whole_on_a_phone(open_page):
+    page = open_page(locale="en-US", viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    page.wait_for_selector("#model option", state="attached")
+    page.click("[data-do=example]")
+    assert (
+        page.input_value("#question") == "南方分部体检管理办法的办理时限是多少？"
+    )  # the built-in model knows no English
+    page.fill("#question", "one line of a question and another of it and one more that is long enough for the third")
+    assert page.evaluate("question.scrollHeight - question.clientHeight") <= 1
