@@ -5,11 +5,13 @@
     python -m benchmarks.chaos --list
 
 Each fault strikes a run of the train command on the tiny model while it is computing. Where that ends the command, as
-a person would it is given again. Seconds are from the fault to the first new step; the curve is compared step by step
-with an undisturbed run's. `raylet` and `link` start a Ray cluster of two nodes, the second one of `link` in a network
-namespace (root, `ip` of iproute2); `full-disk` mounts a small tmpfs (root);
-`slow-store` and `store-cut` need $MOTO_SERVER, the path of `moto_server` in an environment of its own, whose versions
-are not ours (pip install "moto[s3,server]>=5.2.5").
+a person would it is given again. Seconds are from the fault to the first new step, and to the command's end; the
+longest pause is between two steps after that first one. The curve is compared step by step with an undisturbed run's.
+
+`raylet` and `link` start a Ray cluster of two nodes, the second one of `link` in a network namespace (root, `ip` of
+iproute2); `full-disk` mounts a small tmpfs (root), `slow-folder` a bindfs (root, apt-get install bindfs); `slow-store`
+and `store-cut` need $MOTO_SERVER, the path of `moto_server` in an environment of its own, whose versions are not ours
+(pip install "moto[s3,server]>=5.2.5").
 """
 
 import argparse
@@ -20,17 +22,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.fault_places import Line, Link, end_tree, object_store, several_nodes, small_disk, two_hosts
+from benchmarks.fault_places import (
+    Line,
+    Link,
+    end_tree,
+    folder_for_checkpoints,
+    object_store,
+    several_nodes,
+    small_disk,
+    throttle,
+    two_hosts,
+)
 from chatglm3.tiny.knowledge import write_shards
 
 STEPS, STRIKE_AT = 16, 7
@@ -43,6 +57,8 @@ SETTINGS: dict[str, Any] = {
     "use_gpu": False,
 }
 LIMIT_S = 240
+SLOW_BYTES = 100_000
+"""A second: a checkpoint of the tiny model takes half a minute."""
 
 
 @dataclass
@@ -52,6 +68,11 @@ class Outcome:
     killed: str
     steps_lost: int
     seconds: float
+    """From the fault to the first new step."""
+    pause: float
+    """The longest between two steps behind that one."""
+    to_end: float
+    """Seconds from the fault to the end of the command."""
     commands: int
     """How often the command was given."""
     worst: float
@@ -142,10 +163,37 @@ def stop_a_worker(run: Run) -> str:
     return "nothing; 1 of 2 workers stood still for 5 s"
 
 
+@contextmanager
+def held_back(process: psutil.Process) -> Iterator[None]:
+    """A process that stands still three quarters of the time, as on a node that others use."""
+    ended = threading.Event()
+
+    def hold() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not ended.is_set():
+                process.suspend()
+                time.sleep(0.3)
+                process.resume()
+                time.sleep(0.1)
+
+    holder = threading.Thread(target=hold, daemon=True)
+    holder.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        holder.join()
+
+
 def kill_the_controller(run: Run) -> str:
     """SIGKILL to Ray Train's own actor."""
+    assert run.process
+    assert run.process.stderr
     run.processes("TrainController")[0].kill()
-    return "Ray Train's controller"
+    said = run.process.stderr.read()
+    assert "the same command goes on from the last checkpoint" in said, said
+    assert "Traceback" not in said, said
+    return "Ray Train's controller; given again"
 
 
 def kill_the_driver(run: Run) -> str:
@@ -174,6 +222,28 @@ FAULTS: dict[str, Strike] = {
 }
 
 
+@contextmanager
+def watched(run: Run) -> Iterator[list[float]]:
+    """The times at which a run made a step, as they come."""
+    times: list[float] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        last = run.step()
+        while not ended.wait(0.02):
+            if (now := run.step()) != last:
+                times.append(time.monotonic())
+                last = now
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield times
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def strike(run: Run, fault: Strike, goes_on: bool) -> tuple[str, int, float]:
     """Let the fault happen in the middle of the run: what was killed, steps lost, seconds to the next new step."""
     run.start()
@@ -193,6 +263,20 @@ def strike(run: Run, fault: Strike, goes_on: bool) -> tuple[str, int, float]:
 def finish(run: Run, killed: str, lost: int, seconds: float, expected: list[float]) -> Outcome:
     """Wait for the run's end and compare its curve."""
     assert run.process
+    resumed = time.monotonic()
+    with watched(run) as times:
+        _wait_for_end(run)
+    pauses = [after - before for before, after in pairwise([resumed, *times])]
+    found = curve(run.out)
+    same_steps = [step for step, _ in found] == list(range(1, STEPS + 1))
+    differences = [abs(loss - other) / other for (_, loss), other in zip(found, expected, strict=False)]
+    worst = max(differences) if same_steps else float("inf")
+    to_end = seconds + time.monotonic() - resumed
+    return Outcome(killed, lost, seconds, max(pauses, default=0.0), to_end, run.commands, worst)
+
+
+def _wait_for_end(run: Run) -> None:
+    assert run.process
     while not run.out.exists():
         run.wait(STEPS)
         if run.process.poll() is not None and run.process.returncode:
@@ -200,10 +284,6 @@ def finish(run: Run, killed: str, lost: int, seconds: float, expected: list[floa
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.process.wait(timeout=60)
     run.process.wait(timeout=60)
-    found = curve(run.out)
-    same_steps = [step for step, _ in found] == list(range(1, STEPS + 1))
-    differences = [abs(loss - other) / other for (_, loss), other in zip(found, expected, strict=False)]
-    return Outcome(killed, lost, seconds, run.commands, max(differences) if same_steps else float("inf"))
 
 
 def curve(adapter: Path) -> list[tuple[int, float]]:
@@ -230,6 +310,9 @@ def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
         elif name == "full-disk":
             run = Run(data, out, {"storage": stack.enter_context(small_disk())})
             fault = _disk_filler(Path(run.flags["storage"]))
+        elif name == "slow-folder":
+            run = Run(data, out, {"storage": stack.enter_context(folder_for_checkpoints())})
+            fault = _slow_folder(run.flags["storage"])
         else:
             line, place, keys = stack.enter_context(object_store())
             run = Run(data, out, {"storage": place}, keys)
@@ -292,6 +375,14 @@ def _disk_filler(disk: Path) -> Strike:
     return fill
 
 
+def _slow_folder(folder: Path) -> Strike:
+    def slow(run: Run) -> str:
+        throttle(folder, SLOW_BYTES)
+        return f"nothing; the folder of checkpoints takes {SLOW_BYTES // 1000} KB a second from now on"
+
+    return slow
+
+
 def _slow_store(line: Line) -> Strike:
     def slow(run: Run) -> str:
         line.delay_s = 0.25
@@ -310,8 +401,8 @@ def _cut_store(line: Line) -> Strike:
     return cut
 
 
-GO_ON = {"slow-worker", "slow-store", "store-cut"}  # faults that end no process
-ALL = [*FAULTS, "raylet", "link", "full-disk", "slow-store", "store-cut"]
+GO_ON = {"slow-worker", "slow-folder", "slow-store", "store-cut"}  # faults that end no process
+ALL = [*FAULTS, "raylet", "link", "full-disk", "slow-folder", "slow-store", "store-cut"]
 
 
 def prepare_rows(folder: Path) -> str:
@@ -342,12 +433,14 @@ def main() -> None:
         data = prepare_rows(folder)
         expected = undisturbed_curve(data, folder)
         print(
-            "| fault | killed | commands | steps lost | seconds to the next step | curve |\n|---|---|---|---|---|---|"
+            "| fault | killed | commands | steps lost | seconds to the next step | longest pause after it | "
+            "seconds to the end | curve |\n|---|---|--:|--:|--:|--:|--:|---|"
         )
         for name in options.faults:
             o = meet(name, data, folder, expected)
             same = f"same (within {o.worst:.0e})" if o.worst < 1e-3 else f"OTHER ({o.worst:.2g})"
-            print(f"| {name} | {o.killed} | {o.commands} | {o.steps_lost} | {o.seconds:.1f} | {same} |", flush=True)
+            seconds = f"{o.seconds:.1f} | {o.pause:.1f} | {o.to_end:.0f}"
+            print(f"| {name} | {o.killed} | {o.commands} | {o.steps_lost} | {seconds} | {same} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,23 @@ def object_store() -> Iterator[tuple[Line, str, dict[str, str]]]:
 
 
 @contextmanager
+def folder_for_checkpoints() -> Iterator[Path]:
+    """A folder that `throttle` can make slow."""
+    folder = Path(tempfile.mkdtemp(prefix="slow-folder-"))
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], stderr=subprocess.DEVNULL)  # it may not have been throttled
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def throttle(folder: Path, bytes_a_second: int) -> None:
+    """Lay a file system over the folder that shows what is in it and takes so many bytes a second (bindfs, root)."""
+    place = [str(folder), str(folder)]
+    subprocess.run(["bindfs", "-o", "nonempty", f"--write-rate={bytes_a_second}", *place], check=True)
+
+
+@contextmanager
 def small_disk() -> Iterator[Path]:
     """A file system of 24 MB."""
     folder = Path(tempfile.mkdtemp(prefix="small-disk-"))

@@ -68,7 +68,7 @@ def test_a_node_that_joins_gets_a_worker_and_one_that_is_taken_away_with_notice_
     never = {"save_steps": 5000, "eval_steps": 5000, "max_steps": 5000, "epochs": 1000.0}
     flags = {"min_workers": 1, "workers": 2, "score_rows": 0} | never
     with several_nodes(workers=0) as (env, _):
-        run = Run(rows, tmp_path / "adapter", flags, env | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"})
+        run = Run(rows, tmp_path / "adapter", flags, env)
         run.start()
         seen = Seen(run)
         try:
