@@ -24,8 +24,9 @@ UNKNOWN = sys.float_info.max
 class Saver:
     """A training's checkpoints. All workers call the same methods in the same order; the first one writes.
 
-    Training never stands still for a slow store: a checkpoint that falls due during an upload is skipped. So a fault
-    costs the steps since the last checkpoint that counts: one upload's and one interval's at most.
+    Training does not stand still for a slow store: a checkpoint that falls due during an upload is skipped, unless it
+    is the best one of a run that is to keep it. So a fault costs the steps since the last checkpoint that counts:
+    those of one upload and one interval at most.
     """
 
     def __init__(self, training: "Training") -> None:
@@ -64,5 +65,7 @@ class Saver:
 
     def _wait(self, counts: threading.Event) -> None:
         """In a thread: the coordinator that is asked may itself be waiting for the store."""
-        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
-        counts.set()
+        try:
+            ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+        finally:
+            counts.set()

@@ -37,11 +37,10 @@ EVALUATIONS = 8  # of each trial, at which it may be stopped
 class SweepConfig(Config):
     """Try settings of train on the same rows and write the best as run.yaml.
 
-    Each trial is one worker with one GPU, if there are any, and holds the whole base (ddp) whatever --train.strategy
-    says; as many run at once as the cluster has room for. After an
-    eighth of its steps, and then at each evaluation, a trial goes on only if its dev loss is among the best third of
-    those that came as far (ASHA, arXiv:1810.05934). Neither workers nor GPUs change a loss curve, so the best settings
-    are the best on any cluster.
+    Each trial is one worker with one GPU, if there are any, and holds the whole base, whatever --train.strategy says;
+    as many run at once as the cluster has room for. After an eighth of its steps, and then at each evaluation, a trial
+    goes on only if its dev loss is among the best third of those that came as far (ASHA, arXiv:1810.05934). Neither
+    workers nor strategies nor GPUs change a loss curve, so the best settings are the best on any cluster.
     """
 
     train: TrainConfig = TrainConfig()
