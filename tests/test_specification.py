@@ -77,7 +77,9 @@ def test_every_route_is_asked(specification):
 
 def test_every_field_of_a_request_is_described(specification):
     schemas = specification.raw_schema["components"]["schemas"]
-    requests = {name: schema for name, schema in schemas.items() if schema.get("additionalProperties") == {"type": "null"}}
+    requests = {
+        name: schema for name, schema in schemas.items() if schema.get("additionalProperties") == {"type": "null"}
+    }
     assert len(requests) > 15
     for name, schema in requests.items():
         for field, what in schema["properties"].items():
