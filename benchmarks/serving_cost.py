@@ -33,11 +33,11 @@ QUESTION = [{"role": "user", "content": "介绍一下你自己。"}]
 
 
 @contextmanager
-def bare() -> Iterator[Service]:
+def bare(tokens_per_s: float = TOKENS_PER_S, joins: bool = False) -> Iterator[Service]:
     """The application under uvicorn, in one process."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.stand_in:bare", "--port", str(port)]
-    env = os.environ | {"TOKENS_PER_S": str(TOKENS_PER_S), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TOKENS_PER_S": str(tokens_per_s), "OMP_NUM_THREADS": "1"} | ({"JOINS": "1"} if joins else {})
     process = subprocess.Popen([*command, "--log-level", "error"], env=env)
     running = Service(f"http://127.0.0.1:{port}", [process.pid])
     try:

@@ -1,7 +1,7 @@
 """The API over an engine without a model, which says a token at a given pace: what is left is HTTP's and Serve's cost.
 
 `build` is the application for Ray Serve; `uvicorn --factory benchmarks.stand_in:bare` is the same without Ray, its pace
-in $TOKENS_PER_S.
+in $TOKENS_PER_S, and with $JOINS as pieces like the vLLM engine's.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve import Application
 
 from chatglm3.engines import AdapterFolders, Delta, Load, Sampling
+from chatglm3.engines.pacing import Pacing
 from chatglm3.tiny import FOLDER
 from chatglm3.tokenizer import load_tokenizer
 from serve_app import front
@@ -35,8 +36,10 @@ class StandIn:
     max_batch = 1000
     adapters = AdapterFolders()
 
-    def __init__(self, tokens_per_s: float) -> None:
-        self._pace_s = 1 / tokens_per_s
+    def __init__(self, tokens_per_s: float, joins: bool = False) -> None:
+        """`joins`: what is due is one piece, and pieces come at the pace of the vLLM engine's."""
+        self._tokens_per_s, self._joins = tokens_per_s, joins
+        self._pacing = Pacing()
         self._running = 0
 
     @property
@@ -53,9 +56,16 @@ class StandIn:
         began = time.monotonic()
         try:
             yield Delta("\n", (5,))  # ends ChatGLM3's metadata line
-            for number in range(1, sampling.max_tokens):
-                await asyncio.sleep(began + (number - 1) * self._pace_s - time.monotonic())
-                yield Delta("word ", (5,), "length" if number == sampling.max_tokens - 1 else None)
+            said = 1
+            with self._pacing.stream():
+                while (left := sampling.max_tokens - said) > 0:
+                    if self._joins:
+                        await self._pacing.pause()
+                    await asyncio.sleep(began + (said - 1) / self._tokens_per_s - time.monotonic())
+                    due = 2 + int((time.monotonic() - began) * self._tokens_per_s) - said
+                    count = min(left, due) if self._joins else 1
+                    said += count
+                    yield Delta("word " * count, (5,) * count, "length" if count == left else None)
         finally:
             self._running -= 1
 
@@ -63,11 +73,11 @@ class StandIn:
         """See `Engine.close`."""
 
 
-def api(tokens_per_s: float, sinks: list[Sink], behind_serve: bool) -> FastAPI:
+def api(tokens_per_s: float, sinks: list[Sink], behind_serve: bool, joins: bool = False) -> FastAPI:
     """The API with all that stands before it."""
     args = front.FrontArgs(request_timeout_s=0)
     metrics = Metrics(NAME, sinks)
-    engine = MeteredEngine(StandIn(tokens_per_s), metrics)
+    engine = MeteredEngine(StandIn(tokens_per_s, joins), metrics)
     made = make_api(engine, load_tokenizer(FOLDER), NAME, "chat", on_answer=metrics.answered)
     front.install(made, args, engine, metrics, behind_serve=behind_serve)
     return made
@@ -75,7 +85,7 @@ def api(tokens_per_s: float, sinks: list[Sink], behind_serve: bool) -> FastAPI:
 
 def bare() -> FastAPI:
     """Without Ray."""
-    return api(float(os.environ["TOKENS_PER_S"]), [], behind_serve=False)
+    return api(float(os.environ["TOKENS_PER_S"]), [], behind_serve=False, joins="JOINS" in os.environ)
 
 
 class StandInArgs(BaseModel):
@@ -83,17 +93,19 @@ class StandInArgs(BaseModel):
 
     tokens_per_s: float
     """Of each answer."""
+    joins: bool = False
+    """Whether what is due is one piece."""
 
 
 def build(args: StandInArgs) -> Application:
     """With Ray Serve."""
-    return StandInServer.bind(args.tokens_per_s)  # type: ignore[attr-defined]  # Serve's decorator adds it
+    return StandInServer.bind(args)  # type: ignore[attr-defined]  # Serve's decorator adds it
 
 
-def config(tokens_per_s: float) -> dict[str, Any]:
+def config(tokens_per_s: float, joins: bool = False) -> dict[str, Any]:
     """A Serve config file of the application."""
     application = {"name": NAME, "route_prefix": "/", "import_path": "benchmarks.stand_in:build"}
-    application |= {"args": {"tokens_per_s": tokens_per_s}}
+    application |= {"args": {"tokens_per_s": tokens_per_s, "joins": joins}}
     # Serve's access log would be a line a request, in both.
     return {"logging_config": {"enable_access_log": False}, "applications": [application]}
 
@@ -103,8 +115,9 @@ def config(tokens_per_s: float) -> dict[str, Any]:
 class StandInServer:
     """Serves as `serve_app.app.ChatServer` does."""
 
-    def __init__(self, tokens_per_s: float) -> None:
-        self._tokens_per_s = tokens_per_s
+    def __init__(self, args: StandInArgs) -> None:
+        self._args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return api(self._tokens_per_s, [RaySink(serve.get_replica_context().replica_tag)], behind_serve=True)
+        sinks: list[Sink] = [RaySink(serve.get_replica_context().replica_tag)]
+        return api(self._args.tokens_per_s, sinks, behind_serve=True, joins=self._args.joins)

@@ -35,6 +35,7 @@ from chatglm3.engines import (
 from chatglm3.engines.adapter_folders import written_at
 from chatglm3.engines.choice import native_folder
 from chatglm3.engines.guide import GuideCompiler
+from chatglm3.engines.pacing import Pacing
 from chatglm3.engines.request_check import check_request
 from chatglm3.engines.request_errors import RequestError, UnusableAdapter
 from chatglm3.errors import ModelError
@@ -66,9 +67,6 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2,
 # "CPU Generator does not use offset". Its cache would be nearly all memory; $VLLM_CPU_KVCACHE_SPACE overrules this.
 CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": 4 << 30}
 
-# A process that writes to many streams must not use up its one core: each event costs about 0.15 ms, however
-# many tokens it holds. So 256 streams get at most ten events a second each, one stream as many as there are tokens.
-PAUSE_PER_STREAM_S = 0.0004
 WATCH_S = 0.1  # between two looks at whether vLLM's process still runs
 
 log = logging.getLogger(__name__)
@@ -115,7 +113,7 @@ class VllmEngine:
         self._loaded: dict[tuple[Path, int], LoRARequest] = {}
         self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
-        self._streams = 0
+        self._pacing = Pacing()
         self.adapters = adapters or AdapterFolders()
         self.context_length: int = self._config.max_position_embeddings
         self.max_batch = max_batch
@@ -164,7 +162,6 @@ class VllmEngine:
         lora = await self._prepared(sampling)
         text = TextStream(self._tokenizer, sampling.stop)
         text.push(sampling.drawn)
-        self._streams += 1
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
@@ -173,20 +170,19 @@ class VllmEngine:
                 lora_request=lora,
             )
             async with aclosing(outputs):  # which aborts the request
-                async for output in outputs:
-                    delta = self._delta(output.outputs[0], text, sampling.logprobs or 0)
-                    yield delta
-                    if delta.finish_reason:
-                        return
-                    await asyncio.sleep(PAUSE_PER_STREAM_S * self._streams)  # vLLM joins what comes meanwhile
+                with self._pacing.stream():
+                    async for output in outputs:
+                        delta = self._delta(output.outputs[0], text, sampling.logprobs or 0)
+                        yield delta
+                        if delta.finish_reason:
+                            return
+                        await self._pacing.pause()  # vLLM joins what comes meanwhile
         except VLLMClientError as error:
             raise RequestError(_line(error)) from error
         except EngineDeadError as error:
             raise EngineDied("the engine died") from error
         except EngineGenerateError as error:
             raise EngineError(f"this request failed: {_line(error.__cause__ or error)}") from error
-        finally:
-            self._streams -= 1
 
     def _watch(self, on_fatal: Callable[[], object] | None) -> None:
         """Tell of the death of vLLM's process, also when nobody asks it anything."""

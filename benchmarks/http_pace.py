@@ -1,0 +1,67 @@
+"""Whether one process passes on what a GPU makes: 256 streams at the pace of vLLM on an H100, without the GPU.
+
+    python -m benchmarks.http_pace
+
+The engine without a model (benchmarks/stand_in.py) says 28.4 tokens a second to each of 256 clients who ask at once,
+7,267 in all, which is what vLLM makes of ChatGLM3-6B in bf16 there (BENCHMARKS.md); an answer has 128. Once each token
+is a piece, once what is due is one, as in the vLLM engine. The rate is all tokens over the time from the first request
+to the last answer's end, beside the one at which the engine makes them. CPU is that of all processes that the answer
+passes through.
+"""
+
+import argparse
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.fault_places import ray_environment
+from benchmarks.services import Service, haproxy_environment, service
+from benchmarks.serving_cost import bare, load, p50_p99
+from benchmarks.stand_in import config
+
+STREAMS, TOKENS, TOKENS_PER_S = 256, 128, 7267 / 256
+
+
+@contextmanager
+def behind_serve(joins: bool) -> Iterator[Service]:
+    """Behind Ray Serve's own proxy."""
+    with service(config(TOKENS_PER_S, joins), ray_environment()) as running:
+        yield running
+
+
+@contextmanager
+def behind_haproxy(joins: bool) -> Iterator[Service]:
+    """Behind HAProxy, as Ray Serve runs it."""
+    with haproxy_environment() as env, service(config(TOKENS_PER_S, joins), env) as running:
+        yield running
+
+
+@contextmanager
+def alone(joins: bool) -> Iterator[Service]:
+    """The application under uvicorn."""
+    with bare(TOKENS_PER_S, joins) as running:
+        yield running
+
+
+PLACES = {"uvicorn alone": alone, "Ray Serve": behind_serve, "Ray Serve, HAProxy": behind_haproxy}
+
+
+def main() -> None:
+    """Measure each place, print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print("| | pieces | tokens/s | of the engine's | CPU a token, µs | first token, ms (p50 / p99) |")
+    print("|---|---|--:|--:|--:|--:|")
+    made = STREAMS * TOKENS / ((TOKENS - 2) / TOKENS_PER_S)
+    for name, place in PLACES.items():
+        for joins in (False, True):
+            with place(joins) as running:
+                found = asyncio.run(load(running, STREAMS, STREAMS, TOKENS))
+            seconds = max(one.ended for one in found.outcomes) - min(one.sent for one in found.outcomes)
+            rate = STREAMS * TOKENS / seconds
+            cells = [name, "joined" if joins else "single", f"{rate:,.0f}", f"{rate / made:.1%}"]
+            cells += [f"{1e6 * found.cpu_s / (STREAMS * TOKENS):.0f}", p50_p99(found.first_tokens_ms())]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
