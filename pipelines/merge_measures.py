@@ -80,9 +80,9 @@ def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardsti
 def past_limits(found: Measured, config: "MergeConfig") -> list[str]:
     """The limits that a model is past, and by how much."""
     kl, top1, far = found.agreement.kl, found.agreement.top1, []
-    if kl > config.max_kl:
+    if not kl <= config.max_kl:  # nan, of a model that computes none, is past any limit
         far.append(f"KL {kl:.4f}, the limit is {config.max_kl:g}")
-    if top1 < config.min_top1:
+    if not top1 >= config.min_top1:
         far.append(f"top-1 agreement {top1:.4f}, the limit is {config.min_top1:g}")
     return far
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -184,7 +185,7 @@ def _write_best(
     tried = {onto: write(folder / onto, onto) for onto in ONTO}
     found = {onto: yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)) for onto in ONTO}
     losses = {onto: found[onto].agreement.loss for onto in ONTO}
-    best = min(ONTO, key=lambda onto: (bool(past_limits(found[onto], config)), losses[onto]))
+    best = min(ONTO, key=lambda onto: (bool(past_limits(found[onto], config)), isnan(losses[onto]), losses[onto]))
     for file in (folder / best).iterdir():
         file.rename(folder / file.name)
     for onto in ONTO:

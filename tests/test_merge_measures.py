@@ -16,7 +16,7 @@ from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.answering import ask_all
-from pipelines.folding import folded
+from pipelines.folding import MergedWeights, folded
 from pipelines.merging import MergeConfig, merge
 from pipelines.metrics import summarize
 from pipelines.model_folders import open_model
@@ -137,6 +137,23 @@ def test_a_limit_refuses_whatever_the_loss_is(tuned: str, tmp_path: Path):
     config = MergeConfig(adapter=tuned, max_kl=1e-5, min_top1=1, score_rows=0, out=str(tmp_path / "model"))
     with pytest.raises(StageError, match=r"KL 0.\d+, the limit is 1e-05; .*--keep true"):
         merge(config)
+
+
+@pytest.mark.parametrize("broken", ["16bit", "nf4"])
+def test_a_model_that_computes_no_numbers_is_past_the_limits_and_never_the_better_one(
+    broken: str, tuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def overflowing(weights: MergedWeights, name: str) -> torch.Tensor:
+        weight = made(weights, name)
+        return weight * torch.nan if weights.onto == broken and name == "model.norm.weight" else weight
+
+    made = MergedWeights.__getitem__
+    monkeypatch.setattr(MergedWeights, "__getitem__", overflowing)
+    config = MergeConfig(adapter=tuned, score_rows=0, out=str(tmp_path / "model"))
+    with pytest.raises(StageError, match=r"KL nan, the limit is 0.1; .*loss nan beside"):
+        merge(config.model_copy(update={"onto": broken}))
+    auto = storage.open_folder(merge(config.model_copy(update={"onto": "auto", "max_kl": 10.0, "min_top1": 0.0})))
+    assert auto.receipt.facts["onto"] == {"16bit": "nf4", "nf4": "16bit"}[broken]
 
 
 def test_several_adapters_are_measured_beside_their_live_sum(tuned: str, rows: str, tmp_path: Path):
