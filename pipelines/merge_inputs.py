@@ -2,21 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatglm3.folder import read_json
 from cluster import storage
 from cluster.errors import StageError
+from pipelines.merge_config import MergeConfig
 from pipelines.model_folders import ModelFolder, open_model
-
-if TYPE_CHECKING:
-    from pipelines.merging import MergeConfig
 
 LICENSE = "chatglm3-6b-model-license"
 TRAINED_WITH = ("base_format", "learning_rate", "schedule", "epochs", "max_steps", "batch_size", "seed")
 
 
-def open_base(config: "MergeConfig", told: dict[str, Any]) -> ModelFolder:
+def open_base(config: MergeConfig, told: dict[str, Any]) -> ModelFolder:
     """The model to start from. `told` is what the adapter's receipt says.
 
     Raises StageError if the weights are quantised by bitsandbytes, or the adapter was trained with another tokenizer
@@ -41,7 +39,7 @@ def open_base(config: "MergeConfig", told: dict[str, Any]) -> ModelFolder:
     return base
 
 
-def make_facts(config: "MergeConfig", base: ModelFolder, told: dict[str, Any]) -> dict[str, Any]:
+def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> dict[str, Any]:
     """What the receipt tells later stages: what the adapter's told, or without adapter the base's, and the format."""
     if not config.adapters:
         told = {name: fact for name, fact in base.facts.items() if name != "verdict"}
@@ -57,7 +55,7 @@ def make_facts(config: "MergeConfig", base: ModelFolder, told: dict[str, Any]) -
     return told | known | {"license": "apache-2.0" if base.name == "tiny" else base.facts.get("license", LICENSE)}
 
 
-def told_by_all(config: "MergeConfig") -> dict[str, Any]:
+def told_by_all(config: MergeConfig) -> dict[str, Any]:
     """What the adapters' receipts say; nothing for adapters of somebody else, or for none."""
     if not config.adapters and not config.base:
         raise StageError("--adapter and --base are both empty; give one of them")
@@ -79,7 +77,7 @@ def _recipe(adapter: str) -> dict[str, Any]:
     return known | {name: trained[name] for name in TRAINED_WITH if trained.get(name)}
 
 
-def _facts_of(path: Path, config: "MergeConfig") -> dict[str, Any]:
+def _facts_of(path: Path, config: MergeConfig) -> dict[str, Any]:
     if storage.read_receipt(path) or not (path / "adapter_config.json").is_file():
         return storage.open_folder(path, "train").receipt.facts
     if not config.base:

@@ -4,20 +4,17 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chatglm3.chat import PromptFormat
 from cluster.errors import StageError
 from pipelines.agreement import shuffled_examples, take
 from pipelines.folding import MergedWeights
 from pipelines.gptq import Calibrated, calibrate
+from pipelines.merge_config import MergeConfig
 from pipelines.merge_report import REPORT, write_merge_report
 from pipelines.merge_rows import training_settings
 from pipelines.model_folders import ModelFolder
 from pipelines.yardstick import Measured, Yardstick, in_memory, live_model, load_on_device
-
-if TYPE_CHECKING:
-    from pipelines.merging import MergeConfig
 
 CALIBRATION_TOKENS = 1 << 15
 """GPTQ's own experiments took 2^18, which a GPU does in minutes and two cores do not."""
@@ -43,7 +40,7 @@ def calibration(
     return calibrated
 
 
-def make_yardstick(config: "MergeConfig", base: ModelFolder, data: Path, prompt_format: PromptFormat) -> Yardstick:
+def make_yardstick(config: MergeConfig, base: ModelFolder, data: Path, prompt_format: PromptFormat) -> Yardstick:
     """The dev rows, and how the model that was trained does on them: base and live adapters, or the base alone."""
     yardstick = Yardstick(data, base.path, prompt_format, config.score_rows, config.score_tokens)
     trainings = training_settings(config)
@@ -54,7 +51,7 @@ def make_yardstick(config: "MergeConfig", base: ModelFolder, data: Path, prompt_
     return yardstick
 
 
-def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardstick: Yardstick) -> str:
+def measure(folder: Path, weights: MergedWeights, config: MergeConfig, yardstick: Yardstick) -> str:
     """Measure what was written, write the report, and return what is to be said of the limits.
 
     StageError for a model past them, unless it is to be kept; its report then lies beside --out.
@@ -77,7 +74,7 @@ def measure(folder: Path, weights: MergedWeights, config: "MergeConfig", yardsti
     return verdict
 
 
-def past_limits(found: Measured, config: "MergeConfig") -> list[str]:
+def past_limits(found: Measured, config: MergeConfig) -> list[str]:
     """The limits that a model is past, and by how much."""
     kl, top1, far = found.agreement.kl, found.agreement.top1, []
     if not kl <= config.max_kl:  # nan, of a model that computes none, is past any limit

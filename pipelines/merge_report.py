@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipelines.merge_config import MergeConfig
 from pipelines.metrics import Score
 from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
 from pipelines.yardstick import Measured, Yardstick
 
-if TYPE_CHECKING:
-    from pipelines.merging import MergeConfig
-
 REPORT = "report.html"
 
 
-def write_merge_report(file: Path, yardstick: Yardstick, verdict: str, config: "MergeConfig") -> None:
+def write_merge_report(file: Path, yardstick: Yardstick, verdict: str, config: MergeConfig) -> None:
     """Write the page."""
     heads, rows = measured_table(yardstick.results)
     limits = limits_text(config.max_kl, config.min_top1)

@@ -2,16 +2,14 @@
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from cluster import storage
 from cluster.errors import StageError
+from pipelines.merge_config import MergeConfig
 from pipelines.model_folders import ModelFolder
-
-if TYPE_CHECKING:
-    from pipelines.merging import MergeConfig
 
 QUICK_BYTES = 1 << 30  # of a model that a CPU measures in a minute
 
@@ -19,7 +17,7 @@ Wish = Literal["must", "if quick", "not"]
 _WISH: dict[bool | None, Wish] = {True: "must", None: "if quick", False: "not"}
 
 
-def measuring_rows(config: "MergeConfig", base: ModelFolder) -> Path | None:
+def measuring_rows(config: MergeConfig, base: ModelFolder) -> Path | None:
     """The data folder whose dev rows the model is measured on; None where that is not asked for, or not quick.
 
     StageError if it has none, but is named with --data, or needed.
@@ -31,7 +29,7 @@ def measuring_rows(config: "MergeConfig", base: ModelFolder) -> Path | None:
     return data
 
 
-def calibration_rows(config: "MergeConfig", base: ModelFolder) -> Path | None:
+def calibration_rows(config: MergeConfig, base: ModelFolder) -> Path | None:
     """The data folder whose training rows w4a16 is calibrated on; None for another format, and as above."""
     if config.format != "w4a16":
         return None
@@ -41,7 +39,7 @@ def calibration_rows(config: "MergeConfig", base: ModelFolder) -> Path | None:
     return data
 
 
-def training_settings(config: "MergeConfig") -> list[dict[str, Any]]:
+def training_settings(config: MergeConfig) -> list[dict[str, Any]]:
     """What each adapter was trained with; empty for one without a receipt."""
     receipts = map(storage.read_receipt, config.adapters)
     return [receipt.config if receipt else {} for receipt in receipts]
@@ -55,7 +53,7 @@ def data_digest(data: Path) -> str:
     return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
-def _choose(config: "MergeConfig", base: ModelFolder, split: str, wish: Wish) -> tuple[Path | None, str]:
+def _choose(config: MergeConfig, base: ModelFolder, split: str, wish: Wish) -> tuple[Path | None, str]:
     """The folder, or why there is none; {} in that stands for the flag that makes merge do it all the same."""
     if wish == "not":
         return None, ""

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipelines.merge_config import MergeConfig
 from pipelines.merge_report import limits_text, measured_table, measured_text
 from pipelines.weight_formats import WeightFormat
 from pipelines.yardstick import Yardstick
 
-if TYPE_CHECKING:
-    from pipelines.merging import MergeConfig
 
-
-def write_card(folder: Path, facts: Mapping[str, Any], config: "MergeConfig", yardstick: Yardstick | None) -> None:
+def write_card(folder: Path, facts: Mapping[str, Any], config: MergeConfig, yardstick: Yardstick | None) -> None:
     """Write README.md."""
     recipe = {
         "base": facts["base"],
