@@ -23,9 +23,9 @@ def measuring_rows(config: MergeConfig, base: ModelFolder) -> Path | None:
     StageError if it has none, but is named with --data, or needed.
     """
     wish = "must" if config.onto == "auto" else _WISH[config.measure]
-    data, why_not = _choose(config, base, "dev", wish)
+    data, why_not = _choose(config, base, "dev", wish, "--measure true")
     if why_not:
-        print(f"merge: not measured, because {why_not.format('--measure true')}")
+        print(f"merge: not measured, because {why_not}")
     return data
 
 
@@ -33,9 +33,9 @@ def calibration_rows(config: MergeConfig, base: ModelFolder) -> Path | None:
     """The data folder whose training rows w4a16 is calibrated on; None for another format, and as above."""
     if config.format != "w4a16":
         return None
-    data, why_not = _choose(config, base, "train", _WISH[config.calibrate])
+    data, why_not = _choose(config, base, "train", _WISH[config.calibrate], "--calibrate true")
     if why_not:
-        print(f"merge: not calibrated, each value is the nearest, because {why_not.format('--calibrate true')}")
+        print(f"merge: not calibrated, each value is the nearest, because {why_not}")
     return data
 
 
@@ -53,25 +53,40 @@ def data_digest(data: Path) -> str:
     return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
-def _choose(config: MergeConfig, base: ModelFolder, split: str, wish: Wish) -> tuple[Path | None, str]:
-    """The folder, or why there is none; {} in that stands for the flag that makes merge do it all the same."""
+def _choose(config: MergeConfig, base: ModelFolder, split: str, wish: Wish, flag: str) -> tuple[Path | None, str]:
+    """The folder, or why there is none. `flag` makes merge go by rows where that is not quick."""
     if wish == "not":
         return None, ""
-    known = {settings["data"] for settings in training_settings(config) if "data" in settings}
-    data = config.data or (known.pop() if len(known) == 1 else "")
-    has_rows = bool(data) and any(file.stat().st_size for file in Path(data, split).glob("*.jsonl"))
-    if not has_rows and (config.data or wish == "must"):
-        raise StageError(
-            f"{f'--data {data}' if data else '--data is empty, which'} has no {split} rows to go by; {_GIVE}"
-        )
-    if not data:
-        return None, f"no receipt names rows to go by; {_GIVE}"
-    if not has_rows:
-        return None, f"{data}, which the adapter was trained on, has no {split} rows now; {_GIVE}"
+    data, why_not = (config.data, "") if config.data else _rows_of_training(config)
+    if not why_not and not any(file.stat().st_size for file in Path(data, split).glob("*.jsonl")):
+        why_not = f"{'--data ' if config.data else ''}{data} has no {split} rows to go by"
+    if why_not:
+        why_not += "; give a folder that prepare wrote with --data DIR"
+        if config.data or wish == "must":
+            raise StageError(why_not)
+        return None, why_not
     size = sum(file.stat().st_size for file in base.path.iterdir())
     if wish == "if quick" and size >= QUICK_BYTES and not torch.cuda.is_available():
-        return None, f"{size / 1e9:.1f} GB of weights take long without a GPU; {{}} does it all the same"
+        return None, f"{size / 1e9:.1f} GB of weights take long without a GPU; {flag} does it all the same"
     return Path(data), ""
 
 
-_GIVE = "give a folder that prepare wrote with --data DIR"
+def _rows_of_training(config: MergeConfig) -> tuple[str, str]:
+    """The one data folder that all adapters were trained on, or why it is not to be used."""
+    receipts = [receipt for receipt in map(storage.read_receipt, config.adapters) if receipt]
+    known = sorted({receipt.config["data"] for receipt in receipts if "data" in receipt.config})
+    if not known:
+        return "", "no receipt names rows to go by"
+    if len(known) > 1:
+        return "", f"the adapters were trained on different rows ({', '.join(known)})"
+    if not all(_is_as_trained_on(known[0], receipt) for receipt in receipts if "data" in receipt.config):
+        return "", f"{known[0]} no longer holds the rows that the adapter was trained on"
+    return known[0], ""
+
+
+def _is_as_trained_on(data: str, training: storage.Receipt) -> bool:
+    """Whether a data folder is as it was, or was prepared again and has the same rows."""
+    now, dataset = storage.read_receipt(data), training.facts.get("dataset")
+    if now and dataset and now.facts.get("dataset") == dataset:
+        return True
+    return training.inputs.get(data) == data_digest(Path(data))

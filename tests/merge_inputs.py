@@ -13,6 +13,7 @@ from chatglm3.quantization import NF4
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from pipelines.agreement import shuffled_examples
+from pipelines.merge_rows import data_digest
 from pipelines.model_folders import open_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -29,10 +30,12 @@ def tuned_adapter(base: Path | str, folder: Path, std: float) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def tuned_tiny(out: Path) -> str:
-    """An adapter on the tiny model that changes a little, trained, its receipt says, on a base in NF4."""
+def tuned_tiny(out: Path, data: str = "", **more: str) -> str:
+    """An adapter on the tiny model that changes a little, trained, its receipt says, on a base in NF4 and on `data`."""
     facts = {"base": "tiny", "base_digest": digest("tiny"), "tokenizer": load_tokenizer("tiny").fingerprint}
-    receipt = storage.Receipt("train", {"base_format": "nf4"}, facts={**FACTS, **facts, "prompt_format": "chat"})
+    facts = {**FACTS, **facts, "prompt_format": "chat", **more}
+    settings, inputs = ({"data": data}, {data: data_digest(Path(data))}) if data else ({}, {})
+    receipt = storage.Receipt("train", {"base_format": "nf4", **settings}, inputs=inputs, facts=facts)
     with storage.publish(out, receipt) as folder:
         tuned_adapter("tiny", folder, std=0.2)
     return str(out)
@@ -55,7 +58,8 @@ def trained_tiny(out: Path, data: str, steps: int = 40) -> str:
         optimizer.zero_grad()
     facts = {"base": "tiny", "base_digest": tiny.weights_digest, "tokenizer": tiny.tokenizer, "prompt_format": "chat"}
     settings = {"base_format": "nf4", "learning_rate": 4e-3, "epochs": 0.5, "batch_size": 4, "seed": 1, "data": data}
-    with storage.publish(out, storage.Receipt("train", settings, facts=FACTS | facts)) as folder:
+    inputs = {data: data_digest(Path(data))}
+    with storage.publish(out, storage.Receipt("train", settings, inputs=inputs, facts=FACTS | facts)) as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
     return str(out)
 
