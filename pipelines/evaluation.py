@@ -115,7 +115,8 @@ def read_rows(config: EvaluateConfig) -> list[Row]:
     """The rows of the split in file order, or `limit` of them drawn at random."""
     rows = read_questions(Path(config.data, config.split), config.limit)
     if not rows:
-        raise StageError(f"--data {config.data} has no {config.split} rows; prepare again with a larger --dev_share")
+        remedy = "with a larger --dev_share" if config.split == "dev" else "from shards with questions"
+        raise StageError(f"--data {config.data} has no {config.split} rows with a question; prepare again {remedy}")
     return rows
 
 

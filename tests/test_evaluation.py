@@ -179,6 +179,11 @@ def no_dev_rows(model: Path, tmp: Path) -> dict[str, str]:
     return {"model": str(model), "data": prepared(tmp / "data", [{"instruction": "1", "output": "1"}], "train")}
 
 
+def no_train_rows(model: Path, tmp: Path) -> dict[str, str]:
+    rows: list[dict[str, Any]] = [{"messages": []}]
+    return {"model": str(model), "data": prepared(tmp / "data", rows, "train"), "split": "train"}
+
+
 def base_of_an_official_model(model: Path, tmp: Path) -> dict[str, str]:
     return {"model": str(model), "against": "base", "data": prepared(tmp / "data", [])}
 
@@ -193,7 +198,8 @@ def an_adapter(model: Path, tmp: Path) -> dict[str, str]:
     ("make", "message"),
     [
         (no_data, "nowhere: there is no such folder; run prepare first"),
-        (no_dev_rows, "has no dev rows; prepare again with a larger --dev_share"),
+        (no_dev_rows, "has no dev rows with a question; prepare again with a larger --dev_share$"),
+        (no_train_rows, "has no train rows with a question; prepare again from shards with questions$"),
         (base_of_an_official_model, "--against base: no receipt says what .* was tuned from; name that model's folder"),
         (an_adapter, "is an adapter, but a model is needed here; fold it into its base first: merge --adapter"),
     ],
