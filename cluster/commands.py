@@ -46,7 +46,8 @@ def run_command(
         return 0
     except KeyboardInterrupt:
         print(
-            f"\n{program}: interrupted; nothing half-written was left. Run the same command to go on.", file=sys.stderr
+            f"\n{program}: interrupted; nothing stands half-written at --out. Run the same command to go on.",
+            file=sys.stderr,
         )
         return 130
     except errors as error:

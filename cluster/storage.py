@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -84,9 +85,10 @@ def publish(
 ) -> Iterator[Path]:
     """A temporary folder to write into; on a clean exit it gets the receipt and becomes `out` by one rename.
 
-    After an error nothing is left. A finished folder at `out` is replaced; one of somebody else's is refused. A run
-    that is killed or interrupted leaves the folder to the next one with the same `resume`, a digest of what is made.
-    `seal` is called with the folder just before it is renamed, receipt and all.
+    After an error nothing is left, unless there is `resume`, a digest of what is made: then what is written stays for
+    the next run with the same one, as it does if a run is killed, and stderr says where. A finished folder at `out` is
+    replaced; one of somebody else's is refused. `seal` is called with the folder just before it is renamed, receipt
+    and all.
     """
     out = check_output(out, receipt.stage, receipt.inputs)
     started = time.monotonic()
@@ -111,11 +113,14 @@ def publish(
         if out.exists():
             out.rename(partial.with_name(partial.name + OLD))
         partial.rename(out)
-    except KeyboardInterrupt:
-        remove_leftovers(out, kept)
-        raise
     except BaseException:
-        remove_leftovers(out)
+        remove_leftovers(out, kept)
+        if kept:
+            print(
+                f"{receipt.stage}: finished files stay in {kept}, and the same command goes on behind them; delete "
+                f"the folder to have their room, or to begin anew",
+                file=sys.stderr,
+            )
         raise
     remove_leftovers(out)
 

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,18 +22,45 @@ def write_weights(folder: Path, shapes: Shapes, make: Callable[[str], dict[str, 
     Files that are there already are kept: what is in a file depends on `shapes` alone, and it appears whole.
     """
     folder.mkdir(exist_ok=True)
-    groups = _groups(shapes)
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    files = [folder / name for name in names] if len(groups) > 1 else [folder / "model.safetensors"]
-    for file, group in track(zip(files, groups, strict=True), "write weights", len(files)):
-        if not file.exists():
+    files = _files(folder, shapes)
+    for file, group in track(files.items(), "write weights", len(files)):
+        if not _is_whole(file):
             tensors = {name: tensor for each in group for name, tensor in make(each).items()}
             partial = file.with_suffix(".partial")
             save_file(tensors, partial, metadata={"format": "pt"})
+            _flush(partial)
             partial.rename(file)
             del tensors
     if len(files) > 1:
-        _write_index(folder, files)
+        _write_index(folder, list(files))
+
+
+def are_written(folder: Path, shapes: Shapes) -> bool:
+    """Whether all files of these weights are there, so that none is left to be made."""
+    return all(map(_is_whole, _files(folder, shapes)))
+
+
+def _files(folder: Path, shapes: Shapes) -> dict[Path, list[str]]:
+    """The files, and the names of the tensors in each."""
+    groups = _groups(shapes)
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    files = [folder / name for name in names] if len(groups) > 1 else [folder / "model.safetensors"]
+    return dict(zip(files, groups, strict=True))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file is there and as long as its header says: a machine that went down may have cut it."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _flush(file: Path) -> None:
+    """To the disk, lest after a power cut the renamed file is empty."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def _groups(shapes: Shapes) -> list[list[str]]:

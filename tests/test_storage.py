@@ -75,6 +75,21 @@ def test_an_exception_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> 
     assert (out / "content").read_text() == "old"
 
 
+@pytest.mark.parametrize("error", [StageError, OSError, KeyboardInterrupt])
+def test_an_error_leaves_what_another_run_of_the_same_digest_goes_on_behind_and_says_where(
+    error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, partial = tmp_path / "model", tmp_path / ".model.partial-abcdefgh"
+    with pytest.raises(error), publish(out, Receipt("merge", {}), "abcdefghij") as folder:
+        (folder / "content").write_text("finished")
+        raise error
+    assert list(tmp_path.iterdir()) == [partial]
+    assert capsys.readouterr().err.startswith(f"merge: finished files stay in {partial}, and the same command goes on")
+    with publish(out, Receipt("merge", {}), "abcdefghij") as folder:
+        assert (folder / "content").read_text() == "finished"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_brackets_in_a_name_stand_for_themselves(tmp_path: Path) -> None:
     write(tmp_path / "run[ab]", "x")
     (tmp_path / ".run[ab].partial-12345678").mkdir()
