@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from chatglm3.chat import PromptFormat
 from cluster.config import Config
+from pipelines.folding import Onto
 from pipelines.weight_formats import WeightFormat
 
 
@@ -94,3 +95,8 @@ class MergeConfig(Config):
         if isinstance(self.adapter, dict):
             return self.adapter
         return {self.adapter: 1.0} if self.adapter else {}
+
+    @property
+    def ontos(self) -> tuple[Onto, ...]:
+        """What the adapter is added to: one, or with auto each in turn."""
+        return ("16bit", "nf4") if self.onto == "auto" else (self.onto,)

@@ -1,43 +1,20 @@
 """Merge measures what it made, beside the model as it was trained, and refuses what is past the limits."""
 
 import shutil
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 
 from chatglm3.chat import PromptFormat
 from cluster.errors import StageError
-from pipelines.agreement import shuffled_examples, take
-from pipelines.folding import MergedWeights
-from pipelines.gptq import Calibrated, calibrate
+from pipelines.folding import MergedWeights, Onto
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_report import REPORT, write_merge_report
 from pipelines.merge_rows import training_settings
 from pipelines.model_folders import ModelFolder
 from pipelines.yardstick import Measured, Yardstick, in_memory, live_model, load_on_device
 
-CALIBRATION_TOKENS = 1 << 15
-"""GPTQ's own experiments took 2^18, which a GPU does in minutes and two cores do not."""
 SCORES = ("exact_match", "f1")
-
-
-def calibration(
-    data: Path, base: Path, weights: MergedWeights, prompt_format: PromptFormat
-) -> Callable[[], Calibrated]:
-    """What makes the weights in w4a16 by GPTQ on training rows, once."""
-
-    @cache
-    def calibrated() -> Calibrated:
-        drawn = shuffled_examples(data, "train", base, prompt_format)
-        rows = [example.ids for example in take(drawn, CALIBRATION_TOKENS, lambda example: len(example.ids))]
-        found = calibrate(in_memory(weights), rows)
-        print(
-            f"merge: w4a16 by GPTQ: outputs off by {found.error:.2%}, with the nearest values "
-            f"{found.error_of_nearest:.2%}"
-        )
-        return found
-
-    return calibrated
 
 
 def make_yardstick(config: MergeConfig, base: ModelFolder, data: Path, prompt_format: PromptFormat) -> Yardstick:
@@ -51,14 +28,34 @@ def make_yardstick(config: MergeConfig, base: ModelFolder, data: Path, prompt_fo
     return yardstick
 
 
-def measure(folder: Path, weights: MergedWeights, config: MergeConfig, yardstick: Yardstick) -> str:
-    """Measure what was written, write the report, and return what is to be said of the limits.
+def measure(
+    parts: Mapping[Onto, Path], weights: Mapping[Onto, MergedWeights], config: MergeConfig, yardstick: Yardstick
+) -> tuple[Onto, Measured]:
+    """Measure what was written, and the best of it before it was quantised; returns which is the best."""
+    found = {}
+    for onto, part in parts.items():
+        name = f"onto {onto}, {config.format}" if len(parts) > 1 else f"merged, {config.format}"
+        found[onto] = yardstick.measure(name, load_on_device(part))
+    best = _best(found, config)
+    if config.format != "bf16" and config.adapters:
+        yardstick.measure("merged, bf16", in_memory(weights[best]))
+    return best, found[best]
+
+
+def _best(found: Mapping[Onto, Measured], config: MergeConfig) -> Onto:
+    """Of the models within the limits, if there are any, that of the lowest loss."""
+    losses = {onto: measured.agreement.loss for onto, measured in found.items()}
+    best = min(found, key=lambda onto: (bool(past_limits(found[onto], config)), isnan(losses[onto]), losses[onto]))
+    if len(found) > 1:
+        print(f"merge: onto {best}: " + ", ".join(f"{onto} has a loss of {losses[onto]:.4f}" for onto in found))
+    return best
+
+
+def judge(folder: Path, final: Measured, config: MergeConfig, yardstick: Yardstick) -> str:
+    """Write the report, and return what is to be said of the limits.
 
     StageError for a model past them, unless it is to be kept; its report then lies beside --out.
     """
-    if config.format != "bf16" and config.adapters:
-        yardstick.measure("merged, bf16", in_memory(weights))
-    final = yardstick.measure(f"merged, {config.format}", load_on_device(folder))
     far = past_limits(final, config)
     told = f"{'; '.join(far)}; loss {final.agreement.loss:.4f} beside {_reference(yardstick).agreement.loss:.4f}"
     verdict = f"past the limits, kept by --keep true: {told}" if far else "within the limits"
@@ -89,9 +86,9 @@ def refused_report(out: str) -> Path:
     return Path(out).with_name(f"{Path(out).name}-refused.html")
 
 
-def numbers(yardstick: Yardstick) -> dict[str, int | float]:
+def numbers(yardstick: Yardstick, final: Measured) -> dict[str, int | float]:
     """For the receipt: how far the final model is from the reference, and what the answers of both are worth."""
-    reference, final = _reference(yardstick), list(yardstick.results.values())[-1]
+    reference = _reference(yardstick)
     found = {"kl": round(final.agreement.kl, 6), "top1": round(final.agreement.top1, 4)}
     found |= _worth("", final) | _worth("reference_", reference)
     if final.questions:

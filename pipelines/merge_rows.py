@@ -6,11 +6,15 @@ from typing import Any, Literal
 
 import torch
 
+from chatglm3.chat import PromptFormat
 from cluster import storage
 from cluster.errors import StageError
+from pipelines.agreement import shuffled_examples, take
 from pipelines.merge_config import MergeConfig
 from pipelines.model_folders import ModelFolder
 
+CALIBRATION_TOKENS = 1 << 15
+"""GPTQ's own experiments took 2^18, which a GPU does in minutes and two cores do not."""
 QUICK_BYTES = 1 << 30  # of a model that a CPU measures in a minute
 
 Wish = Literal["must", "if quick", "not"]
@@ -37,6 +41,12 @@ def calibration_rows(config: MergeConfig, base: ModelFolder) -> Path | None:
     if why_not:
         print(f"merge: not calibrated, each value is the nearest, because {why_not}")
     return data
+
+
+def calibration_ids(data: Path, base: Path, prompt_format: PromptFormat) -> list[list[int]]:
+    """Training rows as ids, always the same, CALIBRATION_TOKENS in all."""
+    drawn = shuffled_examples(data, "train", base, prompt_format)
+    return [example.ids for example in take(drawn, CALIBRATION_TOKENS, lambda example: len(example.ids))]
 
 
 def training_settings(config: MergeConfig) -> list[dict[str, Any]]:

@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from math import isnan
 from pathlib import Path
 
 import torch
@@ -13,23 +11,21 @@ from transformers import GenerationConfig
 
 from chatglm3 import load_tokenizer
 from chatglm3.auto_tokenizer import write_auto_tokenizer
-from chatglm3.chat import TOOLS_CONTENT, PromptFormat
+from chatglm3.chat import TOOLS_CONTENT
 from cluster import storage
 from pipelines.checksums import SUMS, verify, write_sums
-from pipelines.folding import MergedWeights, Onto
-from pipelines.gptq import Calibrated
+from pipelines.folding import MergedWeights
+from pipelines.gptq import calibrate
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_inputs import make_facts, open_base, told_by_all
-from pipelines.merge_measures import calibration, make_yardstick, measure, numbers, past_limits, refused_report
+from pipelines.merge_measures import judge, make_yardstick, measure, numbers, refused_report
 from pipelines.merge_report import REPORT
-from pipelines.merge_rows import calibration_rows, data_digest, measuring_rows
+from pipelines.merge_rows import calibration_ids, calibration_rows, data_digest, measuring_rows
 from pipelines.model_card import write_card
 from pipelines.model_folders import ModelFolder, folder_digest
-from pipelines.weight_files import write_weights
-from pipelines.weight_formats import QUANTISE, WeightFormat, is_quantised, quantization_config
-from pipelines.yardstick import Yardstick, load_on_device
-
-ONTO: tuple[Onto, ...] = ("16bit", "nf4")
+from pipelines.weight_files import are_written, write_weights
+from pipelines.weight_formats import QUANTISE, Tensors, WeightFormat, is_quantised, quantization_config
+from pipelines.yardstick import in_memory
 
 
 def merge(config: MergeConfig) -> str:
@@ -44,18 +40,25 @@ def merge(config: MergeConfig) -> str:
     models = {str(path): folder_digest(path) for path in (base.path, *map(Path, config.adapters))}
     inputs = models | {str(data): data_digest(data) for data in (measured_on, calibrated_on) if data}
     receipt = storage.receipt_of("merge", config, inputs=inputs, facts=make_facts(config, base, told))
+    prompt_format = receipt.facts["prompt_format"]
+    weights = {onto: MergedWeights(base.path, config.adapters, onto) for onto in config.ontos}
+    rows = calibration_ids(calibrated_on, base.path, prompt_format) if calibrated_on else []
+    yardstick = make_yardstick(config, base, measured_on, prompt_format) if measured_on else None
     refused_report(config.out).unlink(missing_ok=True)
     with storage.publish(config.out, receipt, _digest(config, base, models, calibrated_on), write_sums) as folder:
         for name in (REPORT, SUMS, storage.RECEIPT):  # of a run that was killed when its weights were written
             (folder / name).unlink(missing_ok=True)
         write_companions(base.path, folder)
-        prompt_format = receipt.facts["prompt_format"]
-        yardstick = make_yardstick(config, base, measured_on, prompt_format) if measured_on else None
-        weights = _write_best(folder, base, config, calibrated_on, prompt_format, yardstick)
-        if config.adapters:
-            receipt.facts["onto"] = weights.onto
-        receipt.facts["verdict"] = measure(folder, weights, config, yardstick) if yardstick else "not measured"
-        receipt.counts |= numbers(yardstick) if yardstick else {}
+        parts = {onto: folder / onto if len(weights) > 1 else folder for onto in weights}
+        for onto, part in parts.items():
+            write_model(part, weights[onto], config.format, rows)
+        best, verdict = config.ontos[0], "not measured"
+        if yardstick:
+            best, final = measure(parts, weights, config, yardstick)
+            verdict = judge(folder, final, config, yardstick)
+            receipt.counts |= numbers(yardstick, final)
+        receipt.facts |= {"verdict": verdict, **({"onto": best} if config.adapters else {})}
+        _take(parts[best], folder, [part for part in parts.values() if part != folder])
         write_card(folder, receipt.facts, config, yardstick)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     size = f"{receipt.counts['bytes'] / 1e6:,.1f} MB"
@@ -75,53 +78,29 @@ def _digest(config: MergeConfig, base: ModelFolder, models: dict[str, str], cali
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
-def _write_best(
-    folder: Path,
-    base: ModelFolder,
-    config: MergeConfig,
-    calibrated_on: Path | None,
-    prompt_format: PromptFormat,
-    yardstick: Yardstick | None,
-) -> MergedWeights:
-    """Write the model; where --onto auto leaves the choice, both, of which the better one stays."""
-
-    def write(part: Path, onto: Onto) -> MergedWeights:
-        weights = MergedWeights(base.path, config.adapters, onto)
-        how = calibration(calibrated_on, base.path, weights, prompt_format) if calibrated_on else None
-        write_model(part, weights, config.format, how)
-        return weights
-
-    if config.onto != "auto":
-        return write(folder, config.onto)
-    assert yardstick, "auto asks for one"
-    tried = {onto: write(folder / onto, onto) for onto in ONTO}
-    found = {onto: yardstick.measure(f"onto {onto}, {config.format}", load_on_device(folder / onto)) for onto in ONTO}
-    losses = {onto: found[onto].agreement.loss for onto in ONTO}
-    best = min(ONTO, key=lambda onto: (bool(past_limits(found[onto], config)), isnan(losses[onto]), losses[onto]))
-    for file in (folder / best).iterdir():
+def _take(best: Path, folder: Path, parts: list[Path]) -> None:
+    """Move the model that stays out of the parts that --onto auto wrote, and remove these."""
+    for file in best.iterdir() if parts else ():
         file.rename(folder / file.name)
-    for onto in ONTO:
-        shutil.rmtree(folder / onto)
-    print(f"merge: onto {best}: " + ", ".join(f"{onto} has a loss of {losses[onto]:.4f}" for onto in ONTO))
-    return tried[best]
+    for part in parts:
+        shutil.rmtree(part)
 
 
-def write_model(
-    folder: Path,
-    weights: MergedWeights,
-    weight_format: WeightFormat,
-    calibrated: Callable[[], Calibrated] | None = None,
-) -> None:
-    """Weights and config.json. Memory holds one file's tensors beside the mapped ones, whatever the model's size; but
-    what `calibrated` gives, if any file is yet to be written, holds the whole model.
+def write_model(folder: Path, weights: MergedWeights, weight_format: WeightFormat, rows: list[list[int]]) -> None:
+    """Weights and config.json; w4a16 by GPTQ if there are `rows` of ids to go by, else each value the nearest.
+
+    Memory holds one file's tensors beside the mapped ones, whatever the model's size; with GPTQ, the whole model.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"  # for quantising: a minute on two cores, a second there
+    chosen: dict[str, Tensors] = {}
+    if rows and not are_written(folder, weights.shapes):
+        chosen = calibrate(in_memory(weights), rows).tensors
 
-    def make(name: str) -> dict[str, torch.Tensor]:
+    def make(name: str) -> Tensors:
         if weight_format == "bf16" or not is_quantised(name):
             return {name: weights[name]}
-        if calibrated:
-            return calibrated().tensors.pop(name)
+        if chosen:
+            return chosen.pop(name)
         made = QUANTISE[weight_format](name, weights[name].to(device))
         return {part: tensor.cpu().contiguous() for part, tensor in made.items()}
 

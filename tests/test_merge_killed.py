@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from chatglm3 import load_model
 from cluster import storage
+from cluster.errors import StageError
 from pipelines import weight_files
 from pipelines.checksums import SUMS, verify
 from pipelines.folding import folded
@@ -173,10 +174,27 @@ def test_a_merge_whose_weights_are_all_written_is_not_calibrated_again(
         merge(config)
     (partial,) = tmp_path.iterdir()
     (partial / storage.RECEIPT).write_text("of a run that was killed before its last step, the renaming")
-    monkeypatch.setattr("pipelines.merge_measures.calibrate", interrupt)
+    monkeypatch.setattr("pipelines.merging.calibrate", interrupt)
     out = Path(merge(config))
     assert merge(MergeConfig(verify=str(out))) == str(out)
     assert (out / SUMS).read_text().count(storage.RECEIPT) == 1
+
+
+@pytest.mark.parametrize("onto", ["16bit", "auto"])
+def test_a_merge_that_was_refused_is_kept_without_making_a_weight_again(
+    onto: Any, adapter: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "model"
+    config = MergeConfig(adapter=adapter, data=data, onto=onto, score_rows=0, max_kl=0, out=str(out))
+    with pytest.raises(StageError, match="the limit is 0;"):
+        merge(config)
+    (partial,) = tmp_path.glob(".model.partial-*")
+    made = {file.relative_to(partial): file.stat().st_mtime_ns for file in partial.rglob("*.safetensors")}
+    assert len(made) == {"16bit": 1, "auto": 2}[onto]
+    monkeypatch.setattr("pipelines.folding.folded", interrupt)
+    merge(config.model_copy(update={"keep": True}))
+    assert (out / "model.safetensors").stat().st_mtime_ns in made.values()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def interrupt(*_: Any) -> None:
