@@ -57,7 +57,7 @@ def line(name: str, fold: Fold, adapter: str, data: str, out: Path) -> str:
     config = MergeConfig(adapter=adapter, data=data, measure=True, keep=True, out=str(out))
     with patch("pipelines.folding.folded", fold), contextlib.redirect_stdout(io.StringIO()):
         receipt = storage.open_folder(merge(config), "merge").receipt
-    found, verdict = receipt.counts, "refused" if receipt.facts["verdict"].startswith("past") else "written"
+    found, verdict = receipt.counts, "refused" if receipt.facts["verdict"] == "past the limits" else "written"
     numbers = f"{found['kl']:.4f} | {found['top1']:.1%} | {found['loss']:.4f} | {found['exact_match']:.1%}"
     return f"| {name} | {numbers} | {found['same_answers']} of {found['questions']} | {verdict} |"
 

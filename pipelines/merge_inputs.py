@@ -8,6 +8,7 @@ from chatglm3.folder import read_json
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.merge_config import MergeConfig
+from pipelines.merge_verdict import worst_verdict
 from pipelines.model_folders import ModelFolder, open_model
 
 LICENSE = "chatglm3-6b-model-license"
@@ -42,7 +43,8 @@ def open_base(config: MergeConfig, told: dict[str, Any]) -> ModelFolder:
 def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> dict[str, Any]:
     """What the receipt tells later stages: what the adapter's told, or without adapter the base's, and the format."""
     if not config.adapters:
-        told = {name: fact for name, fact in base.facts.items() if name != "verdict"}
+        own = [f"{whose}{fact}" for whose in ("", "base_") for fact in ("verdict", "past_by")]
+        told = {name: fact for name, fact in base.facts.items() if name not in own}
     prompt_format = told.get("prompt_format", config.prompt_format or "chat")
     if config.prompt_format not in (None, prompt_format):
         raise StageError(
@@ -52,7 +54,20 @@ def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> 
     if config.adapters:
         told = told | {"base_digest": base.weights_digest, "recipe": {path: _recipe(path) for path in config.adapters}}
     known = {"base": origin, "prompt_format": prompt_format, "tokenizer": base.tokenizer, "format": config.format}
-    return told | known | {"license": "apache-2.0" if base.name == "tiny" else base.facts.get("license", LICENSE)}
+    known["license"] = "apache-2.0" if base.name == "tiny" else base.facts.get("license", LICENSE)
+    return told | known | _facts_of_base(base)
+
+
+def _facts_of_base(base: ModelFolder) -> dict[str, str]:
+    """The verdict on the base, lest a model that was refused is within the limits beside itself."""
+    verdict = worst_verdict(base.facts)
+    if verdict and verdict.state == "past the limits":
+        print(
+            f"warning: --base {base.name} is {verdict}; what is made of it is measured beside it, not beside the model "
+            f"that was trained",
+            file=sys.stderr,
+        )
+    return verdict.facts("base_") if verdict else {}
 
 
 def told_by_all(config: MergeConfig) -> dict[str, Any]:

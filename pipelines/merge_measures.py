@@ -11,6 +11,7 @@ from pipelines.folding import MergedWeights, Onto
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_report import REPORT, write_merge_report
 from pipelines.merge_rows import training_settings
+from pipelines.merge_verdict import Verdict
 from pipelines.model_folders import ModelFolder
 from pipelines.yardstick import Measured, Yardstick, in_memory, live_model, load_on_device
 
@@ -51,14 +52,14 @@ def _best(found: Mapping[Onto, Measured], config: MergeConfig) -> Onto:
     return best
 
 
-def judge(folder: Path, final: Measured, config: MergeConfig, yardstick: Yardstick) -> str:
-    """Write the report, and return what is to be said of the limits.
+def judge(folder: Path, final: Measured, config: MergeConfig, yardstick: Yardstick) -> Verdict:
+    """Write the report, and return where the model stands.
 
     StageError for a model past them, unless it is to be kept; its report then lies beside --out.
     """
     far = past_limits(final, config)
     told = f"{'; '.join(far)}; loss {final.agreement.loss:.4f} beside {_reference(yardstick).agreement.loss:.4f}"
-    verdict = f"past the limits, kept by --keep true: {told}" if far else "within the limits"
+    verdict = Verdict("past the limits", told) if far else Verdict("within the limits")
     write_merge_report(folder / REPORT, yardstick, verdict, config)
     if far and not config.keep:
         report = refused_report(config.out)

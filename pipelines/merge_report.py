@@ -1,9 +1,11 @@
 """The merge stage's report.html: how far each form of the model is from the one that was trained."""
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.merge_config import MergeConfig
+from pipelines.merge_verdict import Verdict
 from pipelines.metrics import Score
 from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
 from pipelines.yardstick import Measured, Yardstick
@@ -11,11 +13,11 @@ from pipelines.yardstick import Measured, Yardstick
 REPORT = "report.html"
 
 
-def write_merge_report(file: Path, yardstick: Yardstick, verdict: str, config: MergeConfig) -> None:
+def write_merge_report(file: Path, yardstick: Yardstick, verdict: Verdict, config: MergeConfig) -> None:
     """Write the page."""
     heads, rows = measured_table(yardstick.results)
     limits = limits_text(config.max_kl, config.min_top1)
-    told = f"<p>{measured_text(yardstick)} The limits: {limits}. The model is {verdict}.</p>"
+    told = f"<p>{measured_text(yardstick)} The limits: {limits}. The model is {html.escape(str(verdict))}.</p>"
     sections = {
         "Agreement": told + grid(heads, rows) + _picture(yardstick.results, config.max_kl, config.min_top1),
         "Settings": pairs(config.model_dump().items()),

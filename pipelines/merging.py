@@ -21,6 +21,7 @@ from pipelines.merge_inputs import make_facts, open_base, told_by_all
 from pipelines.merge_measures import judge, make_yardstick, measure, numbers, refused_report
 from pipelines.merge_report import REPORT
 from pipelines.merge_rows import calibration_ids, calibration_rows, data_digest, measuring_rows
+from pipelines.merge_verdict import Verdict
 from pipelines.model_card import write_card
 from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weight_files import are_written, write_weights
@@ -52,12 +53,12 @@ def merge(config: MergeConfig) -> str:
         parts = {onto: folder / onto if len(weights) > 1 else folder for onto in weights}
         for onto, part in parts.items():
             write_model(part, weights[onto], config.format, rows)
-        best, verdict = config.ontos[0], "not measured"
+        best, verdict = config.ontos[0], Verdict()
         if yardstick:
             best, final = measure(parts, weights, config, yardstick)
             verdict = judge(folder, final, config, yardstick)
             receipt.counts |= numbers(yardstick, final)
-        receipt.facts |= {"verdict": verdict, **({"onto": best} if config.adapters else {})}
+        receipt.facts |= verdict.facts() | ({"onto": best} if config.adapters else {})
         _take(parts[best], folder, [part for part in parts.values() if part != folder])
         write_card(folder, receipt.facts, config, yardstick)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())

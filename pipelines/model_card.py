@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_report import limits_text, measured_table, measured_text
+from pipelines.merge_verdict import read_verdict
 from pipelines.weight_formats import WeightFormat
 from pipelines.yardstick import Yardstick
 
@@ -23,7 +24,8 @@ def write_card(folder: Path, facts: Mapping[str, Any], config: MergeConfig, yard
         "data preset": facts.get("preset", ""),
         "training run (digest)": facts.get("run", ""),
         "limits": limits_text(config.max_kl, config.min_top1),
-        "verdict": facts["verdict"],
+        "verdict": read_verdict(facts),
+        "verdict on the base": read_verdict(facts, "base_"),
     }
     rows = "".join(f"| {name} | {value} |\n" for name, value in recipe.items() if value)
     sections = [

@@ -129,8 +129,29 @@ def test_a_bad_merge_is_refused_and_says_by_how_much(
     assert not report.exists()
     assert right.counts["kl"] < 0.05 < 0.1 < wrong.counts["kl"]
     assert right.facts["verdict"] == "within the limits"
-    assert wrong.facts["verdict"].startswith("past the limits, kept by --keep true: KL ")
-    assert f"| verdict | {wrong.facts['verdict']} |" in (tmp_path / "bad/README.md").read_text()
+    assert wrong.facts["verdict"] == "past the limits"
+    assert wrong.facts["past_by"].startswith("KL ")
+    said = f"past the limits, kept by --keep true: {wrong.facts['past_by']}"
+    assert f"| verdict | {said} |" in (tmp_path / "bad/README.md").read_text()
+
+
+def test_what_is_made_of_a_refused_model_carries_the_verdict_on_it(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    tuned_adapter("tiny", tmp_path / "adapter", std=0.2)
+    bad = tmp_path / "bad"
+    config = MergeConfig(adapter=str(tmp_path / "adapter"), base="tiny", data=rows, score_rows=0, out=str(bad))
+    with monkeypatch.context() as twice:
+        twice.setattr("pipelines.folding.folded", lambda weight, updates: folded(folded(weight, updates), updates))
+        past_by = storage.open_folder(merge(config.model_copy(update={"keep": True}))).receipt.facts["past_by"]
+    said = f"past the limits, kept by --keep true: {past_by}"
+    for base, name in ((bad, "copy"), (tmp_path / "copy", "copy of the copy")):
+        out = Path(merge(MergeConfig(base=str(base), data=rows, score_rows=0, out=str(tmp_path / name))))
+        facts = storage.open_folder(out).receipt.facts
+        assert facts["verdict"] == "within the limits"
+        assert (facts["base_verdict"], facts["base_past_by"]) == ("past the limits", past_by)
+        assert f"| verdict on the base | {said} |" in (out / "README.md").read_text()
+        assert f"warning: --base {base} is {said}; what is made of it" in capsys.readouterr().err
 
 
 def test_a_limit_refuses_whatever_the_loss_is(tuned: str, tmp_path: Path):

@@ -247,7 +247,7 @@ def test_a_merged_model_can_be_converted_again_and_keeps_its_facts(adapter: Path
     merge(MergeConfig(base=str(tmp_path / "bf16"), out=str(tmp_path / "nf4"), format="nf4"))
     merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "direct"), format="nf4"))
     again, direct = (storage.open_folder(tmp_path / name).receipt.facts for name in ("nf4", "direct"))
-    assert again == direct
+    assert again == direct | {"base_verdict": "not measured"}
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("nf4", "direct")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
