@@ -89,7 +89,18 @@ def _update(module: str, config: LoraConfig, tensors: Mapping[str, Tensor], fact
     return Update(a, b, factor * lora_scale(config, module, len(a)), tensors.get(f"{module}.{_MAGNITUDE}"))
 
 
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of PEFT's init_lora_weights that leave the base as it was. pissa, olora, corda, lora_ga and loftq take out of
+the base what A and B begin with: added to the whole base, that would count twice."""
+
+
 def _check(config: LoraConfig, folder: str, is_alone: bool) -> None:
+    if config.init_lora_weights not in PLAIN_STARTS:
+        raise StageError(
+            f"--adapter {folder} was begun with init_lora_weights {config.init_lora_weights!r}, by which PEFT changes "
+            f"the base too; save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion; a "
+            f"loftq one must be merged with its own code)"
+        )
     for field, simple in (("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
         if getattr(config, field) not in (simple, []):
             file = Path(folder, "adapter_config.json")

@@ -119,6 +119,33 @@ def test_every_kind_of_lora_is_folded_as_peft_itself_folds_it(base: Path, tmp_pa
             assert (weight.float() - before[name].float()).abs().max() > merged[name].abs().max() / 128
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal", "mica"])
+def test_an_adapter_whose_start_took_something_from_the_base_is_folded_when_peft_has_made_it_plain(
+    start: str, base: Path, tmp_path: Path
+):
+    torch.manual_seed(1)
+    before = load_model(base, dtype=torch.float32)
+    weights = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    model = get_peft_model(before, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=start))
+    bases = {name.replace(".base_layer", ""): tensor for name, tensor in model.get_base_model().state_dict().items()}
+    takes = any(not torch.equal(bases[name], weight) for name, weight in weights.items())
+    assert takes == start.startswith(("pissa", "olora"))
+    model.peft_config["default"].init_lora_weights = True  # which conversion wants of the start, so that it is kept
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    merged = model.merge_and_unload().state_dict()
+    found = load_file(
+        merge(MergeConfig(adapter=str(tmp_path / "adapter"), base=str(base), out=str(tmp_path / "m")))
+        + "/model.safetensors"
+    )
+    for name, weight in found.items():
+        assert (weight.float() - merged[name]).abs().max() <= merged[name].abs().max() / 256, name
+
+
 def test_several_adapters_are_added_up_with_their_factors(base: Path, tmp_path: Path):
     for seed, name in enumerate(("one", "two")):
         peft_adapter(base, tmp_path / name, seed, r=4, lora_alpha=8)
@@ -345,6 +372,11 @@ def dora_in_company(shared: Path, base: Path, tmp: Path) -> MergeConfig:
     return MergeConfig(adapter={str(tmp / "one"): 0.5, str(tmp / "two"): 0.5}, base=str(base))
 
 
+def that_took_from_its_base(shared: Path, base: Path, tmp: Path) -> MergeConfig:
+    peft_adapter(base, tmp / "pissa", init_lora_weights="pissa")
+    return MergeConfig(adapter=str(tmp / "pissa"), base=str(base))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -362,6 +394,7 @@ def dora_in_company(shared: Path, base: Path, tmp: Path) -> MergeConfig:
         (another_family, r"config.json: model_type is 'llama'"),
         (with_saved_modules, r"adapter_config.json: modules_to_save is .*lm_head"),
         (two_of_different_bases, r"one, .*two: they differ in base_digest, so they cannot be added up"),
+        (that_took_from_its_base, r"init_lora_weights 'pissa', by which .* path_initial_model_for_weight_conversion;"),
         (dora_in_company, r"one is a DoRA adapter, which scales whole weights; it can only be merged alone"),
     ],
 )
