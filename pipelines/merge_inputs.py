@@ -1,6 +1,7 @@
 """What merge starts from: which base an adapter belongs to, and what the receipts say of both."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def make_facts(config: MergeConfig, base: ModelFolder, told: dict[str, Any]) -> 
         )
     origin = base.location if config.adapters else told.get("base", base.location)
     if config.adapters:
-        told = told | {"base_digest": base.weights_digest, "recipe": {path: _recipe(path) for path in config.adapters}}
+        recipes = {path: _recipe(path, told) for path in config.adapters}
+        told = told | {"base_digest": base.weights_digest, "recipe": recipes}
     known = {"base": origin, "prompt_format": prompt_format, "tokenizer": base.tokenizer, "format": config.format}
     known["license"] = "apache-2.0" if base.name == "tiny" else base.facts.get("license", LICENSE)
     return told | known | _facts_of_base(base)
@@ -71,25 +73,30 @@ def _facts_of_base(base: ModelFolder) -> dict[str, str]:
 
 
 def told_by_all(config: MergeConfig) -> dict[str, Any]:
-    """What the adapters' receipts say; nothing for adapters of somebody else, or for none."""
+    """What all adapters' receipts say alike; nothing for adapters of somebody else, or for none."""
     if not config.adapters and not config.base:
         raise StageError("--adapter and --base are both empty; give one of them")
-    told = {path: _facts_of(Path(path), config) for path in config.adapters}
+    told = [_facts_of(Path(path), config) for path in config.adapters]
     for name in ("base_digest", "tokenizer", "prompt_format"):
-        if len({facts.get(name) for facts in told.values()}) > 1:
-            raise StageError(f"--adapter {', '.join(told)}: they differ in {name}, so they cannot be added up")
-    return next(iter(told.values()), {})
+        if len({facts.get(name) for facts in told}) > 1:
+            raise StageError(
+                f"--adapter {', '.join(config.adapters)}: they differ in {name}, so they cannot be added up"
+            )
+    first = told[0] if told else {}
+    # One base may have stood at different places: its digest, which is the same, says that it is one.
+    return {n: fact for n, fact in first.items() if n == "base" or all(facts.get(n) == fact for facts in told)}
 
 
-def _recipe(adapter: str) -> dict[str, Any]:
-    """What the adapter is and how it was trained, as far as that is known."""
+def _recipe(adapter: str, told_by_all: Mapping[str, Any]) -> dict[str, Any]:
+    """What the adapter is, how it was trained, and what it was trained on if others were not, as far as it is known."""
     lora = read_json(Path(adapter, "adapter_config.json"))
     targets = lora.get("target_modules")
     targets = " ".join(sorted(targets)) if isinstance(targets, list) else targets
     receipt = storage.read_receipt(adapter)
     trained = receipt.config if receipt else {}
     known = {"rank": lora.get("r"), "alpha": lora.get("lora_alpha"), "targets": targets}
-    return known | {name: trained[name] for name in TRAINED_WITH if trained.get(name)}
+    own = {name: fact for name, fact in (receipt.facts if receipt else {}).items() if name not in told_by_all}
+    return known | {name: trained[name] for name in TRAINED_WITH if trained.get(name)} | own
 
 
 def _facts_of(path: Path, config: MergeConfig) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def test_the_same_rows_prepared_again_are_the_same(data: str, tmp_path: Path):
         assert ("kl" in storage.open_folder(merge(config)).receipt.counts) == is_measured
 
 
+def test_each_of_several_adapters_has_its_own_rows_and_training_in_receipt_and_card(data: str, tmp_path: Path):
+    one, two = (
+        tuned_tiny(tmp_path / name, data, dataset=f"rows of {name}", run=f"run of {name}") for name in ("one", "two")
+    )
+    out = Path(merge(MergeConfig(adapter={one: 0.5, two: 0.5}, measure=False, out=str(tmp_path / "model"))))
+    facts, card = storage.open_folder(out).receipt.facts, (out / "README.md").read_text()
+    assert facts.keys() & {"dataset", "run"} == set()
+    assert facts["preset"] == "seed"
+    for name, path in (("one", one), ("two", two)):
+        assert (facts["recipe"][path]["dataset"], facts["recipe"][path]["run"]) == (f"rows of {name}", f"run of {name}")
+        assert f"| trained: {path} | rank 4, alpha 8, targets " in card
+        assert f"dataset rows of {name}, run run of {name} |" in card
+    assert "data set (sha256 of its rows)" not in card
+
+
 def test_adapters_of_different_rows_are_not_measured_on_either(
     adapter: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
