@@ -46,7 +46,8 @@ def merge(config: MergeConfig) -> str:
     rows = calibration_ids(calibrated_on, base.path, prompt_format) if calibrated_on else []
     yardstick = make_yardstick(config, base, measured_on, prompt_format) if measured_on else None
     refused_report(config.out).unlink(missing_ok=True)
-    with storage.publish(config.out, receipt, _digest(config, base, models, calibrated_on), write_sums) as folder:
+    digest = _digest(config, base, models, rows)
+    with storage.publish(config.out, receipt, digest, write_sums) as folder:
         for name in (REPORT, SUMS, storage.RECEIPT):  # of a run that was killed when its weights were written
             (folder / name).unlink(missing_ok=True)
         write_companions(base.path, folder)
@@ -72,9 +73,8 @@ def _what(config: MergeConfig, base: ModelFolder) -> str:
     return f"{names} folded into {base.name}" if names else f"{base.name} converted"
 
 
-def _digest(config: MergeConfig, base: ModelFolder, models: dict[str, str], calibrated_on: Path | None) -> str:
+def _digest(config: MergeConfig, base: ModelFolder, models: dict[str, str], rows: list[list[int]]) -> str:
     """Stands for the weights that are made: files that another run of the same digest wrote are gone on behind."""
-    rows = data_digest(calibrated_on) if calibrated_on else ""
     made = [base.weights_digest, models, config.adapters, config.format, config.onto, rows]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 

@@ -161,6 +161,21 @@ def test_a_merge_does_not_go_on_with_another_adapter_of_the_same_name(tmp_path: 
     assert weights_of(out) == weights_of(Path(undisturbed))
 
 
+def test_a_calibrated_merge_does_not_go_on_under_another_prompt_format(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whose prompts calibrate to other values."""
+    tuned_adapter("tiny", tmp_path / "adapter", std=0.2)
+    out, settings = tmp_path / "out/model", {"base": "tiny", "data": data, "format": "w4a16", "measure": False}
+    config = MergeConfig(adapter=str(tmp_path / "adapter"), prompt_format="bare", out=str(out), **settings)
+    undisturbed = merge(config.model_copy(update={"out": str(tmp_path / "undisturbed")}))
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("pipelines.merging.write_card", interrupt)
+        merge(config.model_copy(update={"prompt_format": "chat"}))
+    merge(config)
+    assert weights_of(out) == weights_of(Path(undisturbed))
+
+
 def weights_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
