@@ -60,7 +60,7 @@ def test_vllm_answers_from_a_format_as_the_embedded_engine_does(
 
 
 @pytest.mark.parametrize("weight_format", ["nf4", "int8"])
-def test_vllm_refuses_the_formats_that_the_card_says_it_does_not_load(weight_format: Any, tmp_path: Path) -> None:
+def test_vllm_alone_refuses_the_formats_of_bitsandbytes_as_the_card_says(weight_format: Any, tmp_path: Path) -> None:
     out = merge(MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model")))
     with pytest.raises(ModelError, match="Unknown quantization method: bitsandbytes"):
         load_engine("vllm", out)
