@@ -5,17 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.metrics import Array, Points, Score, points_of, resampled_sums, value_of
+from pipelines.metrics import Array, Groups, Points, Score, by_group, points_of, resampled_sums, say, value_of
 
 SWAPS = 5000
 SIGNIFICANT = 0.05
-FEWEST_ROWS = 30
-"""Fewer do not show that a model is as good: their interval is too narrow, and a large difference may be chance."""
+FEWEST_GROUPS = 30
+"""Of rows about the same documents. Fewer do not show that a model is as good: their interval is too narrow, and a
+large difference may be chance."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of a new model less that of an old one, with a 95 % interval; `n` rows had a say in it.
+    """A metric of a new model less that of an old one, with a 95 % interval; `n` rows of `groups` had a say in it.
 
     `p` is how often a difference as large as this would be chance if the models were equally good; None where only
     the intervals of the two are known.
@@ -28,6 +29,7 @@ class Difference:
     high: float
     p: float | None
     n: int
+    groups: int
 
     @property
     def is_worse(self) -> bool:
@@ -35,15 +37,18 @@ class Difference:
         return self.high < 0 and (self.p is None or self.p < SIGNIFICANT)
 
 
-def compare(new: Sequence[Points], old: Sequence[Points], seed: int = 0) -> dict[str, Difference]:
+def compare(
+    new: Sequence[Points], old: Sequence[Points], groups: Groups = None, seed: int = 0
+) -> dict[str, Difference]:
     """Each metric that both have, on rows in the same order: new[i] and old[i] score answers to one question.
 
     The interval is that of the paired bootstrap (Koehn 2004); p is that of a paired permutation test, also called
-    approximate randomisation (Riezler and Maxwell 2005): each row's two answers change sides by the toss of a coin.
+    approximate randomisation (Riezler and Maxwell 2005): two answers change sides by the toss of a coin. Those to
+    questions of one group are drawn, and change sides, together (arXiv:2411.00640).
     """
     of_new, of_old = points_of(new), points_of(old)
     names = [name for name in of_new if name in of_old]
-    ours, theirs = [of_new[name] for name in names], [of_old[name] for name in names]
+    ours, theirs = ([by_group(of[name], groups) for name in names] for of in (of_new, of_old))
     drawn, swapped = resampled_sums([*ours, *theirs], seed), _swapped_sums(ours, theirs, seed)
     differences = {}
     for index, name in enumerate(names):
@@ -52,8 +57,8 @@ def compare(new: Sequence[Points], old: Sequence[Points], seed: int = 0) -> dict
         # Sums in another order differ in their last digits.
         as_large = np.abs(_apart(name, swapped, index)) >= abs(value - earlier) - 1e-12
         p = float(1 + np.count_nonzero(as_large)) / (1 + SWAPS)
-        said = int(np.count_nonzero(ours[index][:, -1] + theirs[index][:, -1]))
-        differences[name] = Difference(value, earlier, value - earlier, float(low), float(high), p, said)
+        said = say(of_new[name] + of_old[name], groups)
+        differences[name] = Difference(value, earlier, value - earlier, float(low), float(high), p, *said)
     return differences
 
 
@@ -66,7 +71,8 @@ def compare_scores(new: Score, old: Score) -> Difference:
     above = np.hypot(new.high - new.value, old.value - old.low)
     difference = new.value - old.value
     low, high = float(difference - below), float(difference + above)
-    return Difference(new.value, old.value, difference, low, high, None, min(new.n, old.n))
+    groups = min(score.n if score.groups is None else score.groups for score in (new, old))
+    return Difference(new.value, old.value, difference, low, high, None, min(new.n, old.n), groups)
 
 
 def _apart(metric: str, sums: list[Array], index: int) -> Array:
@@ -80,7 +86,7 @@ def _swapped_sums(new: list[Array], old: list[Array], seed: int) -> list[Array]:
         return []
     ours, theirs = np.hstack(new), np.hstack(old)
     random = np.random.default_rng(seed)
-    apart = (theirs - ours)[(theirs != ours).any(1)]  # rows that earned the same may change sides unseen
+    apart = (theirs - ours)[(theirs != ours).any(1)]  # what earned the same may change sides unseen
     moved = np.array([random.integers(0, 2, len(apart)).astype(float) @ apart for _ in range(SWAPS)])
     widths = np.cumsum([table.shape[1] for table in new])[:-1]
     return [*np.split(ours.sum(0) + moved, widths, axis=1), *np.split(theirs.sum(0) - moved, widths, axis=1)]

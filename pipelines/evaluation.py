@@ -21,7 +21,7 @@ from pipelines.evaluation_report import write_report
 from pipelines.gate import GATED, Earlier, judge, open_earlier
 from pipelines.metrics import MetricName
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
-from pipelines.questions import Answer, Row, read_questions
+from pipelines.questions import Answer, Row, groups_of, read_questions
 from pipelines.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
@@ -170,8 +170,9 @@ def _found(
 ) -> Evaluation:
     results = {name: _result(name, model, rows, config) for name, model in models.items()}
     model, against = results["model"], results.get("against")
-    comparison = compare(model.points, against.points) if against else {}
-    verdict = judge(earlier, model.points, model.scores, config.gate_metrics) if earlier else None
+    groups = groups_of(rows)
+    comparison = compare(model.points, against.points, groups) if against else {}
+    verdict = judge(earlier, model.points, model.scores, config.gate_metrics, groups) if earlier else None
     return Evaluation(rows, results, comparison, verdict)
 
 

@@ -63,9 +63,10 @@ def taken_apart(prompt: str, num_documents: int | None) -> tuple[list[str], str]
 
 
 _HINT = (
-    "<p>In percent, with 95 % intervals from 1,000 bootstrap samples of the rows; a difference with that of the paired "
-    "bootstrap and the p of a paired permutation test. BLEU-4 wants runs of four words: it says little of short "
-    "answers. Seconds are those that the engine took while it answered others too.</p>"
+    "<p>In percent, with 95 % intervals from 1,000 bootstrap samples of the document groups, whose rows are drawn "
+    "together; a difference with that of the paired bootstrap and the p of a paired permutation test. BLEU-4 wants "
+    "runs of four words: it says little of short answers. Seconds are those that the engine took while it answered "
+    "others too.</p>"
 )
 
 

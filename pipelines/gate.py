@@ -10,8 +10,8 @@ from typing import Any
 from cluster import storage
 from cluster.errors import StageError
 from pipelines import questions
-from pipelines.comparison import FEWEST_ROWS, Difference, compare, compare_scores
-from pipelines.metrics import METRICS, MetricName, Points, Score
+from pipelines.comparison import FEWEST_GROUPS, Difference, compare, compare_scores
+from pipelines.metrics import METRICS, Groups, MetricName, Points, Score
 from pipelines.questions import Row
 
 GATED: tuple[MetricName, ...] = ("exact_match", "f1", "citation_accuracy", "refusal_precision", "refusal_recall")
@@ -93,12 +93,17 @@ def open_earlier(reference: str, rows: Sequence[Row], gated: Sequence[str] = GAT
 
 
 def judge(
-    earlier: Earlier, points: Sequence[Points], scores: Mapping[str, Score], gated: Sequence[str] = GATED
+    earlier: Earlier,
+    points: Sequence[Points],
+    scores: Mapping[str, Score],
+    gated: Sequence[str] = GATED,
+    groups: Groups = None,
 ) -> Verdict:
-    """Hold a model's points, one a row, and its scores against the earlier ones."""
+    """Hold a model's points, one a row, and its scores against the earlier ones; `groups` are the rows'."""
     if earlier.points:
         common = sorted(earlier.points)
-        paired = compare([points[index] for index in common], [earlier.points[index] for index in common])
+        ours, theirs = ([of[index] for index in common] for of in (points, earlier.points))
+        paired = compare(ours, theirs, [groups[index] for index in common] if groups else None)
         return _verdict(earlier, len(common), paired, gated)
     both = [name for name in gated if name in scores and name in earlier.scores]
     by_interval = {name: compare_scores(scores[name], earlier.scores[name]) for name in both}
@@ -111,10 +116,12 @@ def _verdict(earlier: Earlier, rows: int, found: Mapping[str, Difference], gated
     for name in gated:
         if name not in found:
             left_out[name] = "one of them has no row for it"
-        elif found[name].n >= FEWEST_ROWS or (rows and found[name].is_worse):
+        elif found[name].groups >= FEWEST_GROUPS or (rows and found[name].is_worse):
             differences[name] = found[name]
         else:
-            left_out[name] = f"its {found[name].n} rows are too few to tell"
+            few = f"its {found[name].n} rows"
+            few += f" of {found[name].groups} document groups" if found[name].groups < found[name].n else ""
+            left_out[name] = f"{few} are too few to tell"
     return Verdict(earlier.model, rows, differences, left_out)
 
 

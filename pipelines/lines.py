@@ -13,8 +13,9 @@ LONGEST_LINE = 64 << 20  # bytes; a row of 100 documents has a few hundred kB
 _BOM = b"\xef\xbb\xbf"
 
 
-SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("has_triple", "?")])
-"""Where a sample stands: index of the shard, byte offset of its line; its key; whether it is to give a triple."""
+SOURCE = np.dtype([("shard", "u4"), ("offset", "u8"), ("key", "S32"), ("group", "u8"), ("has_triple", "?")])
+"""Where a sample stands: index of the shard, byte offset of its line; its key; the digest that stands for its group of
+documents; whether it is to give a triple."""
 
 
 class RowError(ValueError):

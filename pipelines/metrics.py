@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -36,16 +36,20 @@ Points = dict[str, tuple[float, ...]]
 """Metric -> what one row adds to the sums that the metric is computed from: its points and the points possible, for
 BLEU what `ngram_counts` gives. The last number is 0 where the row says nothing about the metric."""
 Array = NDArray[np.float64]
+Groups = Sequence[Hashable] | None
+"""The document group of each row, whose rows are right or wrong together; None: each row is a group of its own."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over many rows, 0 to 1, with its 95 % bootstrap interval; `n` rows had a say in it."""
+    """A metric over many rows, 0 to 1, with its 95 % bootstrap interval; `n` rows of `groups` had a say in it."""
 
     value: float
     low: float
     high: float
     n: int
+    groups: int | None = None
+    """None in scores.json of former versions, whose intervals took each row for a group of its own."""
 
 
 def score(prediction: str, gold: str, golden: int | None = None, answerable: bool = True) -> Points:
@@ -85,22 +89,41 @@ def value_of(metric: str, sums: Array) -> Array:
         return sums[..., 0] / sums[..., 1]
 
 
-def summarize(rows: Sequence[Points], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Score]:
-    """Each metric over all rows. Metrics with no possible points (no unanswerable rows, say) are left out."""
+def summarize(rows: Sequence[Points], groups: Groups = None, seed: int = 0) -> dict[str, Score]:
+    """Each metric over all rows. Metrics with no possible points (no unanswerable rows, say) are left out.
+
+    The interval is that of the cluster bootstrap (Field and Welsh 2007; of questions about one text, arXiv:2411.00640):
+    groups are drawn, not rows, for several questions about one document are not as many witnesses.
+    """
     tables = points_of(rows)
-    drawn = resampled_sums(list(tables.values()), seed, resamples)
+    drawn = resampled_sums([by_group(table, groups) for table in tables.values()], seed)
     scores = {}
     for (name, table), sums in zip(tables.items(), drawn, strict=True):
         low, high = np.nanquantile(value_of(name, sums), (0.025, 0.975))
         value = value_of(name, table.sum(0))
-        scores[name] = Score(float(value), float(low), float(high), int(np.count_nonzero(table[:, -1])))
+        scores[name] = Score(float(value), float(low), float(high), *say(table, groups))
     return scores
+
+
+def say(table: Array, groups: Groups) -> tuple[int, int]:
+    """How many rows, and of how many groups, say something about a metric."""
+    return int(np.count_nonzero(table[:, -1])), int(np.count_nonzero(by_group(table, groups)[:, -1]))
 
 
 def points_of(rows: Sequence[Points]) -> dict[str, Array]:
     """Metric -> points of all rows [rows, numbers]. Metrics that no row says anything about are left out."""
     found = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return {name: table for name, table in found.items() if table[:, -1].any()}
+
+
+def by_group(table: Array, groups: Groups) -> Array:
+    """The rows' points added up over each group, [groups, numbers]."""
+    if groups is None:
+        return table
+    _, number = np.unique(np.array(groups), return_inverse=True)
+    sums = np.zeros((number.max() + 1, table.shape[1]))
+    np.add.at(sums, number, table)
+    return sums
 
 
 def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:

@@ -66,6 +66,7 @@ def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: i
     train, dev = used & ~is_dev & (~replay | drawn), used & is_dev
     sources = np.zeros(len(records), SOURCE)
     sources["shard"], sources["offset"], sources["key"] = shards, records["offset"], records["key"]
+    sources["group"] = group
     sources["has_triple"] = _first_of_its_kind(records, train | dev)
     # Keys are digests, so their order is a shuffle that no shard's name can change.
     indices = [mask[np.argsort(records["key"][mask], kind="stable")] for mask in map(np.flatnonzero, (train, dev))]

@@ -47,6 +47,11 @@ def is_answerable(row: Row) -> bool:
     return row.get("golden", 0) is not None  # other presets' rows have no such field
 
 
+def groups_of(rows: Sequence[Row]) -> list[str]:
+    """The document group of each row, as prepare wrote it; a row of a former version is a group of its own."""
+    return [str(row.get("group", f"row {index}")) for index, row in enumerate(rows)]
+
+
 def score_answer(row: Row, reply: str) -> metrics.Points:
     """What a reply to the row's question is worth."""
     return metrics.score(reply, gold_answer(row), row.get("golden"), answerable=is_answerable(row))

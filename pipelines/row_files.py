@@ -80,7 +80,7 @@ def write_part(part: Part, order: Order) -> Statistics:
     built: list[list[Built]] = [[] for _ in part.sources]
     triples: list[Row | None] = [None for _ in part.sources]
     for index in np.lexsort((part.sources["offset"], part.sources["shard"])):  # in the order of the disk
-        shard, offset, key, has_triple = part.sources[index].item()
+        shard, offset, key, _, has_triple = part.sources[index].item()
         item = parse_row(read_line(order.shards[shard], offset))
         if isinstance(item, Conversation):
             item = clean_conversation(item, order.composes, order.mask_personal_data, kitchen.counts)
@@ -96,7 +96,10 @@ def write_part(part: Part, order: Order) -> Statistics:
         built[index] = [seed_row(item, name, kitchen)] if is_seed else multidoc_rows(item, ranked, name, kitchen)
         if wants_triple:
             triples[index] = triple(item, ranked[: order.negatives])
-    rows = [each for group in built for each in group]
+    for group, made in zip(part.sources["group"].tolist(), built, strict=True):
+        for each in made:  # twins too: whoever scores them must know that they are about one document
+            each.row["group"] = f"{group:016x}"
+    rows = [each for made in built for each in made]
     _write(Path(order.folder, part.name), [each.row for each in rows])
     if order.negatives:
         _write(Path(order.folder, "triples", part.name), [row for row in triples if row])

@@ -16,7 +16,7 @@ from pipelines import metrics
 from pipelines.comparison import Difference
 from pipelines.gate import Verdict
 from pipelines.model_folders import ModelFolder
-from pipelines.questions import Answer, Row, digest, gold_answer, is_answerable, score_answer
+from pipelines.questions import Answer, Row, digest, gold_answer, groups_of, is_answerable, score_answer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Result:
         """The answers to all rows, scored."""
         points = [score_answer(row, answer.text) for row, answer in zip(rows, answers, strict=True)]
         f1_by = {field: _f1_by(field, rows, points) for field in ("documents", "golden")}
-        return cls(model, heading, answers, points, metrics.summarize(points), f1_by)
+        return cls(model, heading, answers, points, metrics.summarize(points, groups_of(rows)), f1_by)
 
     @property
     def costs(self) -> dict[str, dict[str, float]]:
@@ -72,7 +72,7 @@ def write_rows(path: Path, found: Evaluation) -> None:
     """One line a row: the question, the gold answer, and each model's prediction with its cost and its points."""
     with path.open("w", encoding="utf-8") as file:
         for index, row in enumerate(found.rows):
-            line: Row = {key: row[key] for key in ("id", "instruction", "golden", "documents") if key in row}
+            line: Row = {key: row[key] for key in ("id", "group", "instruction", "golden", "documents") if key in row}
             line["gold"] = gold_answer(row)
             for name, result in found.results.items():
                 answer = result.answers[index]
@@ -175,11 +175,17 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _f1_by(field: str, rows: Sequence[Row], points: Sequence[metrics.Points]) -> dict[int, metrics.Score]:
-    groups = defaultdict(list)
-    for row, earned in zip(rows, points, strict=True):
+    places: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
         if is_answerable(row) and field in row:
-            groups[row[field]].append({"f1": earned["f1"]})
-    return {place: metrics.summarize(groups[place])["f1"] for place in sorted(groups)}
+            places[row[field]].append(index)
+    groups = groups_of(rows)
+    return {
+        place: metrics.summarize([{"f1": points[index]["f1"]} for index in there], [groups[index] for index in there])[
+            "f1"
+        ]
+        for place, there in sorted(places.items())
+    }
 
 
 def _numbers(result: Result) -> dict[str, Any]:

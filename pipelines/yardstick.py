@@ -22,7 +22,7 @@ from pipelines.agreement import MOST_TOKENS, Agreement, answer_distributions, co
 from pipelines.answering import ask_all
 from pipelines.folding import MergedWeights
 from pipelines.metrics import Score, summarize
-from pipelines.questions import read_questions, score_answer
+from pipelines.questions import groups_of, read_questions, score_answer
 
 # It would say for each layer and token that it casts what is in bf16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -76,7 +76,7 @@ class Yardstick:
         points = [score_answer(row, answer) for row, answer in zip(self.questions, answers, strict=True)]
         self.results[name] = Measured(
             compare(self._distributions, found, self.examples),
-            summarize(points) if points else {},
+            summarize(points, groups_of(self.questions)) if points else {},
             sum(map(str.__eq__, answers, self._answers)),
             len(answers),
         )

@@ -59,6 +59,18 @@ def test_a_comparison_is_the_same_every_time():
     assert compare(new, old) == compare(new, old)
 
 
+def test_two_rows_about_one_document_are_one_witness():
+    """Each answer twice, as twins and several questions of one text have it: interval and p stay those of once."""
+    new, old, documents = answers(60, 40), answers(53, 47), [f"{number:03d}" for number in range(100)]
+    once = compare(new, old)["exact_match"]
+    found = compare(new * 2, old * 2, documents * 2)["exact_match"]
+    assert (found.n, found.groups) == (200, 100)
+    assert (found.low, found.high, found.p) == (once.low, once.high, once.p)
+    as_many = compare(new * 2, old * 2)["exact_match"]
+    assert as_many.high - as_many.low < found.high - found.low
+    assert as_many.p < found.p
+
+
 def test_two_intervals_make_that_of_the_difference():
     found = compare_scores(Score(0.6, 0.5, 0.7, 100), Score(0.8, 0.7, 0.85, 100))
     assert found.difference == pytest.approx(-0.2)

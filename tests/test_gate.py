@@ -93,6 +93,16 @@ def test_few_rows_in_pairs_can_fail_a_model_but_not_pass_it(tmp_path: Path) -> N
     assert "exact_match" in worse.worse
 
 
+def test_many_rows_of_few_documents_do_not_pass_a_model(tmp_path: Path) -> None:
+    points, gate = [score_answer(row, "北京[1]") for row in ROWS], evaluated(tmp_path / "old", ROWS, replies(100))
+    for documents, passes in ((10, False), (50, True)):
+        groups = [str(index % documents) for index in range(100)]
+        verdict = judge(open_earlier(gate, ROWS), points, summarize(points, groups), groups=groups)
+        assert verdict.passed == passes
+    few = judge(open_earlier(gate, ROWS), points, summarize(points), groups=["1"] * 100)
+    assert "exact_match is left out (its 100 rows of 1 document groups are too few to tell)" in str(few)
+
+
 def broken(folder: Path, name: str) -> str:
     """A reference that cannot be used, in the way that its name says."""
     other = [row | {"instruction": f"{row['instruction']}？"} for row in ROWS]

@@ -121,6 +121,14 @@ def test_the_interval_is_the_binomial_one_and_the_same_every_time():
     assert "refusal_recall" not in scores
 
 
+def test_the_interval_is_that_of_the_documents_whose_rows_are_right_or_wrong_together():
+    rows, documents = [score("是", "是")] * 60 + [score("否", "是")] * 40, [f"{number:03d}" for number in range(100)]
+    once, twice = summarize(rows)["exact_match"], summarize(rows * 2, documents * 2)["exact_match"]
+    assert (twice.value, twice.low, twice.high) == (once.value, once.low, once.high)
+    assert (twice.n, twice.groups, once.groups) == (200, 100, 100)
+    assert summarize(rows * 2)["exact_match"].high < twice.high
+
+
 def test_scoring_is_silent_and_needs_no_torch():
     program = (
         "import sys; from pipelines.metrics import rouge_l; rouge_l('你好', '你好'); assert 'torch' not in sys.modules"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from chatglm3 import load_tokenizer
+from chatglm3.bm25 import plain_text
 from chatglm3.chat import render
 from chatglm3.documents import REFUSAL, parse_answer, seed_prompt
 from cluster.errors import StageError
@@ -170,6 +171,25 @@ def test_a_quote_that_does_not_fit_gives_way_to_the_answer_which_stays_in_the_do
     assert "答案在七号" in documents_of(only)[only["golden"] - 1]
 
 
+def test_rows_about_one_document_and_its_near_copies_and_twins_say_that_they_are_of_one_group(tmp_path: Path) -> None:
+    """Two questions about each of 20 documents, the second one about a copy with another end."""
+    text = "关于{0}号的说明。它的颜色是{1}号色，形状是{2}角形。{3}此外没有别的。"
+    documents = [text.format(n, n * 7919 % 9973, n * 31 % 97, f"{n}甲乙丙丁" * 30) for n in range(20)]
+    asked = [row(n, document) for n, document in enumerate(documents)]
+    again = [row(n, f"{document}完") for n, document in enumerate(documents)]
+    for n, each in enumerate(again):
+        each["QA"] = [{"question": f"{n}号有几个角？", "answer": f"{n * 31 % 97}角"}]
+    data = prepared(tmp_path, asked + again, near_copies=0.8, dev_share=0.3, twin_share=0.5, refusal_share=0)
+    found: dict[str, set[str]] = defaultdict(set)
+    for side in ("train", "dev"):
+        for r in read(data, side):
+            found[r["group"]].add(r["id"])
+    assert len(found) == 20
+    twins = {key for keys in found.values() for key in keys if key.endswith("-twin")}
+    assert all(len({key.removesuffix("-twin") for key in keys}) == 2 for keys in found.values())
+    assert len(twins) == sum(map(len, found.values())) - 40 > 0
+
+
 def test_quotes_can_be_left_out(tmp_path: Path) -> None:
     rows = read(prepared(tmp_path, [row(n) for n in range(20)], quotes=False, dev_share=0), "train")
     assert all(r["output"] == f"{r['answer']}[{r['golden']}]" for r in rows if r["golden"])
@@ -184,6 +204,7 @@ def test_the_seed_preset_writes_the_predecessors_row_character_for_character(tmp
             f"{document}\n问题为：第1问？\n答：",
             "output": "答1",
             "id": sample_key(Sample("第1问？", "答1", document, ())),
+            "group": f"{digest(plain_text(document)):016x}",
         }
     ]
 
