@@ -114,8 +114,7 @@ def _curves(found: Evaluation) -> str:
 
 
 def _with_rows(score: Score) -> str:
-    interval = f"({100 * score.low:.1f} to {100 * score.high:.1f})"
-    return f"{100 * score.value:.1f}  {interval}, {score.n:,} rows"
+    return f"{score}, {score.n:,} rows"
 
 
 def _failures(found: Evaluation) -> str:

@@ -70,6 +70,9 @@ class Verdict:
         return f"worse than {self.earlier} {how}: {', '.join(map(_by_how_much, self.worse.items()))}{left_out}"
 
 
+_REMEDY = "give the folder of an earlier evaluate, or its scores.json"
+
+
 def open_earlier(reference: str, rows: Sequence[Row], gated: Sequence[str] = GATED) -> Earlier:
     """The evaluation at `reference`, a folder that evaluate wrote or a scores.json, made ready for `judge`.
 
@@ -123,9 +126,6 @@ def _verdict(earlier: Earlier, rows: int, found: Mapping[str, Difference], gated
             few += f" of {found[name].groups} document groups" if found[name].groups < found[name].n else ""
             left_out[name] = f"{few} are too few to tell"
     return Verdict(earlier.model, rows, differences, left_out)
-
-
-_REMEDY = "give the folder of an earlier evaluate, or its scores.json"
 
 
 def _by_how_much(item: tuple[str, Difference]) -> str:

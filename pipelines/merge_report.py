@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_verdict import Verdict
-from pipelines.metrics import Score
 from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
 from pipelines.yardstick import Measured, Yardstick
 
@@ -54,13 +53,9 @@ def measured_table(results: Mapping[str, Measured]) -> tuple[list[str], list[lis
     if any(found.questions for found in results.values()):
         heads += ["exact match", "F1", "same answers"]
         for line, found in zip(lines, results.values(), strict=True):
-            line += [_percent(found.scores["exact_match"]), _percent(found.scores["f1"])]
+            line += [str(found.scores["exact_match"]), str(found.scores["f1"])]
             line.append(f"{found.same_answers} of {found.questions}")
     return heads, lines
-
-
-def _percent(score: Score) -> str:
-    return f"{100 * score.value:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
 
 
 def _picture(results: Mapping[str, Measured], max_kl: float, min_top1: float) -> str:

@@ -51,6 +51,10 @@ class Score:
     groups: int | None = None
     """None in scores.json of former versions, whose intervals took each row for a group of its own."""
 
+    def __str__(self) -> str:
+        """In percent, with the interval."""
+        return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
 
 def score(prediction: str, gold: str, golden: int | None = None, answerable: bool = True) -> Points:
     """Score one reply. `gold` is the answer without citation, `golden` the document that holds it (1-based).

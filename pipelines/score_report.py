@@ -17,6 +17,7 @@ from pipelines.comparison import Difference
 from pipelines.gate import Verdict
 from pipelines.model_folders import ModelFolder
 from pipelines.questions import Answer, Row, digest, gold_answer, groups_of, is_answerable, score_answer
+from pipelines.report_page import drawing
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,12 @@ def write_scores(path: Path, found: Evaluation, data: Mapping[str, Any]) -> None
 
 def draw_scores(path: Path, found: Evaluation) -> None:
     """The picture of `draw_bars` as a file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(1.5 * len(found.metric_names) + 2, 4), layout="constrained")
-    draw_bars(axes, found)
-    figure.legend(loc="outside lower center")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with drawing() as plt:
+        figure, axes = plt.subplots(figsize=(1.5 * len(found.metric_names) + 2, 4), layout="constrained")
+        draw_bars(axes, found)
+        figure.legend(loc="outside lower center")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
 
 
 def draw_bars(axes: Any, found: Evaluation) -> None:
@@ -140,7 +137,7 @@ def score_table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Heads and lines of the table of scores, in percent, and of what an answer costs."""
     results = found.results.values()
     heads = ["metric", *(result.heading for result in results)]
-    lines = [[name, *(_percent(result.scores.get(name)) for result in results)] for name in found.metric_names]
+    lines = [[name, *(str(result.scores.get(name, "-")) for result in results)] for name in found.metric_names]
     costs = [[name, *(_mean(result.costs.get(name)) for result in results)] for name in _COSTS]
     if found.comparison:
         heads += ["difference", "p"]
@@ -152,20 +149,16 @@ def score_table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
 _COSTS = ("answer_tokens", "answer_seconds")
 
 
-def _percent(score: metrics.Score | None) -> str:
-    return f"{100 * score.value:.1f}  ({100 * score.low:.1f} to {100 * score.high:.1f})" if score else "-"
-
-
 def _difference(found: Difference | None) -> tuple[str, str]:
     """In points, with its interval; and how likely chance is to make it."""
     if not found:
         return "-", ""
     interval = f"({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    return f"{100 * found.difference:+.1f}  {interval}", f"{found.p:.2g}"
+    return f"{100 * found.difference:+.1f} {interval}", f"{found.p:.2g}"
 
 
 def _mean(spread: dict[str, float] | None) -> str:
-    return f"{spread['mean']:.3g}  (p95 {spread['p95']:.3g})" if spread else "-"
+    return f"{spread['mean']:.3g} (p95 {spread['p95']:.3g})" if spread else "-"
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

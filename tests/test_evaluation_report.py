@@ -98,7 +98,7 @@ def test_failures_are_there_by_kind_the_worst_first_with_the_golden_document_mar
     golden = "<pre class=golden><i>[1] golden</i> 归口部门是&lt;b&gt;<mark>售后组</mark>&lt;/b&gt;。</pre>"
     assert page.count(golden) == 2  # of four rows with a golden document two cite it
     assert "<i>[2] cited</i> 北京 &amp; 上海\n\n[9] 不是编号</pre>" in page
-    assert "<tr><th>exact_match</th><td>60.0  (20.0 to 100.0)</td>" in page
+    assert "<tr><th>exact_match</th><td>60.0 (20.0 to 100.0)</td>" in page
     assert page.count("<svg") == 1
 
 
