@@ -21,7 +21,7 @@ from pipelines.evaluation_report import write_report
 from pipelines.gate import GATED, Earlier, judge, open_earlier
 from pipelines.metrics import MetricName
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
-from pipelines.questions import Answer, Row, groups_of, read_questions
+from pipelines.questions import LONGEST_ANSWER, Answer, Row, groups_of, read_questions
 from pipelines.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
@@ -56,7 +56,7 @@ class EvaluateConfig(Config):
     """Folder to write."""
     limit: int = Field(0, ge=0)
     """Score only this many rows, drawn at random (always the same ones); 0 is all."""
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int = Field(LONGEST_ANSWER, ge=1)
     """Longest answer in tokens."""
     workers: int = Field(1, ge=1)
     """Copies of the model that answer at the same time, each in a process of its own."""

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from chatglm3.chat import PromptFormat
 from cluster.config import Config
 from pipelines.folding import Onto
+from pipelines.questions import LONGEST_ANSWER
 from pipelines.weight_formats import WeightFormat
 
 
@@ -46,7 +47,7 @@ class MergeConfig(Config):
     score_rows: int = Field(32, ge=0)
     """When measuring: dev questions, always the same, that base and live adapter, the merged model and the quantised
     one answer, to be scored; 0: none."""
-    score_tokens: int = Field(128, ge=1)
+    score_tokens: int = Field(LONGEST_ANSWER, ge=1)
     """Longest of these answers in tokens."""
     calibrate: bool | None = None
     """w4a16 only: choose its values by GPTQ on training rows, which comes nearer than rounding each, but holds the

@@ -10,6 +10,8 @@ from typing import Any
 
 from pipelines import metrics
 
+LONGEST_ANSWER = 256
+"""Tokens of an answer, unless told otherwise, wherever answers are scored: one that quotes first says it last."""
 Row = dict[str, Any]
 """A row that prepare wrote."""
 

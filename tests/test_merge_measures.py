@@ -16,6 +16,7 @@ from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.answering import ask_all
+from pipelines.evaluation import EvaluateConfig
 from pipelines.folding import MergedWeights, folded
 from pipelines.merging import MergeConfig, merge
 from pipelines.metrics import summarize
@@ -58,6 +59,11 @@ def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, rows
     assert "base format nf4, learning rate 0.004, epochs 0.5, batch size 4, seed 1 |" in card
     nearest = merge(config.model_copy(update={"calibrate": False, "out": str(tmp_path / "near")}))
     assert counts["kl"] < storage.open_folder(nearest).receipt.counts["kl"], "GPTQ is nearer than the nearest values"
+
+
+def test_answers_may_be_as_long_as_those_that_evaluate_scores():
+    """Else a long quote is cut off before the answer behind it, which is then wrong here and right there."""
+    assert MergeConfig().score_tokens == EvaluateConfig().max_tokens == 256
 
 
 def answers(folder: str, questions: list[Row]) -> list[str]:
