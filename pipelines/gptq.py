@@ -53,9 +53,6 @@ def calibrate(model: GlmForCausalLM, rows: list[list[int]]) -> Calibrated:
             errors.append([_error(weight, guess, hessian) for guess in (linear.weight.float(), nearest)])
         inputs = [layer(hidden, **extra) for hidden, extra in zip(inputs, settings, strict=True)]
     found.error, found.error_of_nearest = torch.tensor(errors).mean(0).tolist()
-    print(
-        f"merge: w4a16 by GPTQ: outputs off by {found.error:.2%}, with the nearest values {found.error_of_nearest:.2%}"
-    )
     return found
 
 

@@ -15,8 +15,6 @@ from pipelines.merge_verdict import Verdict
 from pipelines.model_folders import ModelFolder
 from pipelines.yardstick import Measured, Yardstick, in_memory, live_model, load_on_device
 
-SCORES = ("exact_match", "f1")
-
 
 def make_yardstick(config: MergeConfig, base: ModelFolder, data: Path, prompt_format: PromptFormat) -> Yardstick:
     """The dev rows, and how the model that was trained does on them: base and live adapters, or the base alone."""
@@ -52,15 +50,17 @@ def _best(found: Mapping[Onto, Measured], config: MergeConfig) -> Onto:
     return best
 
 
-def judge(folder: Path, final: Measured, config: MergeConfig, yardstick: Yardstick) -> Verdict:
-    """Write the report, and return where the model stands.
+def judge(
+    folder: Path, final: Measured, errors: Mapping[str, float], config: MergeConfig, yardstick: Yardstick
+) -> Verdict:
+    """Write the report, and return where the model stands. `errors` are those of `calibration`.
 
     StageError for a model past them, unless it is to be kept; its report then lies beside --out.
     """
     far = past_limits(final, config)
     told = f"{'; '.join(far)}; loss {final.agreement.loss:.4f} beside {_reference(yardstick).agreement.loss:.4f}"
     verdict = Verdict("past the limits", told) if far else Verdict("within the limits")
-    write_merge_report(folder / REPORT, yardstick, verdict, config)
+    write_merge_report(folder / REPORT, yardstick, verdict, errors, config)
     if far and not config.keep:
         report = refused_report(config.out)
         shutil.copyfile(folder / REPORT, report)
@@ -102,7 +102,7 @@ def _reference(yardstick: Yardstick) -> Measured:
 
 
 def _worth(prefix: str, found: Measured) -> dict[str, float]:
-    scores = {f"{prefix}{name}": round(found.scores[name].value, 4) for name in SCORES if name in found.scores}
+    scores = {f"{prefix}{name}": round(score.value, 4) for name, score in found.scores.items()}
     return {f"{prefix}loss": round(found.agreement.loss, 4), **scores}
 
 

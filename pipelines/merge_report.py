@@ -4,21 +4,26 @@ import html
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipelines.calibration import errors_text
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_verdict import Verdict
+from pipelines.metrics import METRICS
 from pipelines.report_page import as_svg, drawing, grid, pairs, write_page
 from pipelines.yardstick import Measured, Yardstick
 
 REPORT = "report.html"
 
 
-def write_merge_report(file: Path, yardstick: Yardstick, verdict: Verdict, config: MergeConfig) -> None:
-    """Write the page."""
-    heads, rows = measured_table(yardstick.results)
+def write_merge_report(
+    file: Path, yardstick: Yardstick, verdict: Verdict, errors: Mapping[str, float], config: MergeConfig
+) -> None:
+    """Write the page. `errors` are those of `calibration`."""
     limits = limits_text(config.max_kl, config.min_top1)
-    told = f"<p>{measured_text(yardstick)} The limits: {limits}. The model is {html.escape(str(verdict))}.</p>"
+    told = f"{measured_text(yardstick)} The limits: {limits}. The model is {verdict}."
+    tables = grid(*measured_table(yardstick.results)) + _picture(yardstick.results, config.max_kl, config.min_top1)
     sections = {
-        "Agreement": told + grid(heads, rows) + _picture(yardstick.results, config.max_kl, config.min_top1),
+        "Agreement": f"<p>{html.escape(told)}</p><p>{errors_text(errors)}</p>{tables}",
+        "Scores": grid(*scores_table(yardstick.results)) if yardstick.questions else "",
         "Settings": pairs(config.model_dump().items()),
     }
     write_page(file, "Merged model", sections)
@@ -51,11 +56,17 @@ def measured_table(results: Mapping[str, Measured]) -> tuple[list[str], list[lis
         for name, found in results.items()
     ]
     if any(found.questions for found in results.values()):
-        heads += ["exact match", "F1", "same answers"]
+        heads.append("same answers")
         for line, found in zip(lines, results.values(), strict=True):
-            line += [str(found.scores["exact_match"]), str(found.scores["f1"])]
             line.append(f"{found.same_answers} of {found.questions}")
     return heads, lines
+
+
+def scores_table(results: Mapping[str, Measured]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of all scores: a line a metric that some answer says something about."""
+    names = [name for name in METRICS if any(name in found.scores for found in results.values())]
+    lines = [[name, *(str(found.scores.get(name, "-")) for found in results.values())] for name in names]
+    return ["", *results], lines
 
 
 def _picture(results: Mapping[str, Measured], max_kl: float, min_top1: float) -> str:

@@ -13,6 +13,7 @@ from chatglm3 import load_tokenizer
 from chatglm3.auto_tokenizer import write_auto_tokenizer
 from chatglm3.chat import TOOLS_CONTENT
 from cluster import storage
+from pipelines.calibration import read_errors, write_errors
 from pipelines.checksums import SUMS, verify, write_sums
 from pipelines.folding import MergedWeights
 from pipelines.gptq import calibrate
@@ -57,8 +58,9 @@ def merge(config: MergeConfig) -> str:
         best, verdict = config.ontos[0], Verdict()
         if yardstick:
             best, final = measure(parts, weights, config, yardstick)
-            verdict = judge(folder, final, config, yardstick)
+            verdict = judge(folder, final, read_errors(parts[best]), config, yardstick)
             receipt.counts |= numbers(yardstick, final)
+        receipt.counts |= read_errors(parts[best])
         receipt.facts |= verdict.facts() | ({"onto": best} if config.adapters else {})
         _take(parts[best], folder, [part for part in parts.values() if part != folder])
         write_card(folder, receipt.facts, config, yardstick)
@@ -95,7 +97,9 @@ def write_model(folder: Path, weights: MergedWeights, weight_format: WeightForma
     device = "cuda" if torch.cuda.is_available() else "cpu"  # for quantising: a minute on two cores, a second there
     chosen: dict[str, Tensors] = {}
     if rows and not are_written(folder, weights.shapes):
-        chosen = calibrate(in_memory(weights), rows).tensors
+        found = calibrate(in_memory(weights), rows)
+        write_errors(folder, found)
+        chosen = found.tensors
 
     def make(name: str) -> Tensors:
         if weight_format == "bf16" or not is_quantised(name):

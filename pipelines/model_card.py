@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.calibration import errors_text, read_errors
 from pipelines.merge_config import MergeConfig
-from pipelines.merge_report import limits_text, measured_table, measured_text
+from pipelines.merge_report import limits_text, measured_table, measured_text, scores_table
 from pipelines.merge_verdict import read_verdict
 from pipelines.weight_formats import WeightFormat
 from pipelines.yardstick import Yardstick
@@ -19,6 +20,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], config: MergeConfig, yard
         **{f"trained: {name}": _words(settings) for name, settings in facts.get("recipe", {}).items()},
         "added to": facts.get("onto", ""),
         "format": facts["format"],
+        "calibration": errors_text(read_errors(folder)),
         "prompt format": facts["prompt_format"],
         "data set (sha256 of its rows)": facts.get("dataset", ""),
         "data preset": facts.get("preset", ""),
@@ -53,10 +55,14 @@ def _license(folder: Path, facts: Mapping[str, Any]) -> str:
 def _agreement(yardstick: Yardstick | None) -> str:
     if not yardstick:
         return "Not measured: `merge --measure true` does it."
-    heads, lines = measured_table(yardstick.results)
+    tables = [_table(*measured_table(yardstick.results))]
+    tables += [_table(*scores_table(yardstick.results))] if yardstick.questions else []
+    return "\n\n".join([measured_text(yardstick), *tables])
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
     rules = ["---", *["--:"] * (len(heads) - 1)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, rules, *lines))
-    return f"{measured_text(yardstick)}\n\n{table}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rules, *lines))
 
 
 _HEAD = """\

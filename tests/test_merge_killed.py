@@ -191,6 +191,8 @@ def test_a_merge_whose_weights_are_all_written_is_not_calibrated_again(
     (partial / storage.RECEIPT).write_text("of a run that was killed before its last step, the renaming")
     monkeypatch.setattr("pipelines.merging.calibrate", interrupt)
     out = Path(merge(config))
+    counts = storage.open_folder(out).receipt.counts
+    assert 0 < counts["gptq_error"] < counts["nearest_error"], "which the killed run found out"
     assert merge(MergeConfig(verify=str(out))) == str(out)
     assert (out / SUMS).read_text().count(storage.RECEIPT) == 1
 

@@ -57,6 +57,10 @@ def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, rows
     assert "<svg" in page
     assert "rank 16, alpha 32, targets" in card
     assert "base format nf4, learning rate 0.004, epochs 0.5, batch size 4, seed 1 |" in card
+    assert 0 < counts["gptq_error"] < counts["nearest_error"] < 0.1
+    errors = f"outputs off by {counts['gptq_error']:.2%}, with the nearest values {counts['nearest_error']:.2%}"
+    assert f"<p>w4a16 by GPTQ: {errors}</p>" in page
+    assert f"| calibration | w4a16 by GPTQ: {errors} |" in card
     nearest = merge(config.model_copy(update={"calibrate": False, "out": str(tmp_path / "near")}))
     assert counts["kl"] < storage.open_folder(nearest).receipt.counts["kl"], "GPTQ is nearer than the nearest values"
 
@@ -90,10 +94,11 @@ def test_the_embedded_engine_answers_from_every_format_as_was_measured_and_nearl
     scores = summarize([score_answer(row, answer) for row, answer in zip(questions, given, strict=True)])
     counts = storage.open_folder(out).receipt.counts
     assert counts["questions"] == len(questions)
-    for name in ("exact_match", "f1"):
-        assert counts[name] == round(scores[name].value, 4)
+    assert {"citation_precision", "citation_recall", "bleu_4"} < scores.keys()
+    assert {name: counts[name] for name in scores} == {name: round(each.value, 4) for name, each in scores.items()}
+    assert "reference_citation_recall" in counts
     for text in ((out / "report.html").read_text(), (out / "README.md").read_text()):
-        assert "exact match" in text
+        assert all(name in text for name in scores)
         assert f"{counts['same_answers']} of {len(questions)}" in text
     assert sum(map(str.__eq__, answers(str(out), read_questions(Path(rows, "train"), 24)), in_bf16)) >= least
 
