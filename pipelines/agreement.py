@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from chatglm3.chat import PromptFormat
 from cluster.errors import StageError
 from cluster.progress import track
 from pipelines.examples import encode
+from pipelines.metrics import by_group, resampled_sums
 
 MOST_TOKENS = 2048
 """Answer tokens that are compared: their distributions over 65,024 ids take 0.5 GB, and 2,000 tell a KL to a few %."""
@@ -26,6 +28,8 @@ class Example:
 
     ids: list[int]
     is_target: list[bool]
+    group: str
+    """Of documents, as in `questions.groups_of`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Agreement:
     """Share of the tokens that both find the likeliest."""
     loss: float
     """Its cross-entropy on the right tokens, in nats."""
+    losses: tuple[tuple[float, int], ...] = ()
+    """The same summed up over each example's tokens, and how many these are."""
 
 
 def shuffled_examples(data: Path, split: str, folder: Path | str, prompt_format: PromptFormat) -> Iterator[Example]:
@@ -47,7 +53,11 @@ def shuffled_examples(data: Path, split: str, folder: Path | str, prompt_format:
         raise StageError(f"--data {data} has no {split} rows to go by; prepare again, or give another folder")
     random.Random(0).shuffle(lines)
     tokenizer = load_tokenizer(folder)
-    return (Example(*encode(json.loads(line), tokenizer, prompt_format)) for line in lines)
+    rows = map(json.loads, lines)
+    return (
+        Example(*encode(row, tokenizer, prompt_format), str(row.get("group", f"row {number}")))
+        for number, row in enumerate(rows)
+    )
 
 
 def take(examples: Iterable[Example], most: int, size: Callable[[Example], int]) -> list[Example]:
@@ -76,11 +86,23 @@ def answer_distributions(model: Any, examples: list[Example], what: str) -> list
 
 def compare(reference: Iterable[Tensor], found: Iterable[Tensor], examples: list[Example]) -> Agreement:
     """The agreement of two models' distributions."""
-    kl = same = loss = tokens = 0.0
+    kl = same = 0.0
+    losses: list[tuple[float, int]] = []
     for wanted, given, example in zip(reference, found, examples, strict=True):
         right = torch.tensor(example.ids[1:])[torch.tensor(example.is_target[1:])]
         kl += float((wanted.exp() * (wanted - given)).sum())
         same += float((wanted.argmax(-1) == given.argmax(-1)).sum())
-        loss -= float(given.gather(1, right[:, None]).sum())
-        tokens += len(right)
-    return Agreement(kl / tokens, same / tokens, loss / tokens)
+        losses.append((-float(given.gather(1, right[:, None]).sum()), len(right)))
+    loss, tokens = map(sum, zip(*losses, strict=True))
+    return Agreement(kl / tokens, same / tokens, loss / tokens, tuple(losses))
+
+
+def loss_apart(new: Agreement, old: Agreement, examples: list[Example]) -> tuple[float, float]:
+    """95 % interval of how far the new model's loss is above the old one's: the paired bootstrap (Koehn 2004) over
+    document groups.
+    """
+    both = np.hstack([np.array(new.losses), np.array(old.losses)])
+    (sums,) = resampled_sums([by_group(both, [example.group for example in examples])], seed=0)
+    apart = (sums[:, 0] - sums[:, 2]) / sums[:, 1]
+    low, high = np.quantile(apart, (0.025, 0.975))
+    return float(low), float(high)

@@ -37,7 +37,7 @@ class MergeConfig(Config):
     onto: Literal["16bit", "nf4", "auto"] = "16bit"
     """What the adapter is added to: the base's own weights, or what NF4 leaves of them, which is what an adapter of
     --base_format nf4 was trained on. auto makes both, measures them, and of those within the limits keeps
-    the one with the lower loss."""
+    the one on 16 bits, unless the other's loss is lower beyond chance."""
     data: str = ""
     """Folder written by prepare, to measure and calibrate on. Unless given: what the adapter was trained on, if it is
     still there."""

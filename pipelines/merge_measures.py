@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chatglm3.chat import PromptFormat
 from cluster.errors import StageError
+from pipelines.agreement import Example, loss_apart
 from pipelines.folding import MergedWeights, Onto
 from pipelines.merge_config import MergeConfig
 from pipelines.merge_report import REPORT, write_merge_report
@@ -35,18 +36,27 @@ def measure(
     for onto, part in parts.items():
         name = f"onto {onto}, {config.format}" if len(parts) > 1 else f"merged, {config.format}"
         found[onto] = yardstick.measure(name, load_on_device(part))
-    best = _best(found, config)
+    best = best_of(found, config, yardstick.examples)
     if config.format != "bf16" and config.adapters:
         yardstick.measure("merged, bf16", in_memory(weights[best]))
     return best, found[best]
 
 
-def _best(found: Mapping[Onto, Measured], config: MergeConfig) -> Onto:
-    """Of the models within the limits, if there are any, that of the lowest loss."""
-    losses = {onto: measured.agreement.loss for onto, measured in found.items()}
-    best = min(found, key=lambda onto: (bool(past_limits(found[onto], config)), isnan(losses[onto]), losses[onto]))
-    if len(found) > 1:
-        print(f"merge: onto {best}: " + ", ".join(f"{onto} has a loss of {losses[onto]:.4f}" for onto in found))
+def best_of(found: Mapping[Onto, Measured], config: MergeConfig, examples: list[Example]) -> Onto:
+    """Of the models within the limits, if there are any, the one onto 16 bits, unless the other's loss is lower beyond
+    chance.
+    """
+    if len(found) == 1:
+        return next(iter(found))
+    in_16_bit, in_nf4 = found["16bit"].agreement, found["nf4"].agreement
+    low, high = loss_apart(in_nf4, in_16_bit, examples)
+    fits = [onto for onto, measured in found.items() if not past_limits(measured, config)]
+    fits = fits or [onto for onto, measured in found.items() if not isnan(measured.agreement.loss)] or ["16bit"]
+    best: Onto = "nf4" if fits == ["nf4"] or ("nf4" in fits and high < 0) else "16bit"
+    print(
+        f"merge: onto {best}: 16bit has a loss of {in_16_bit.loss:.4f}, nf4 of {in_nf4.loss:.4f}, which is "
+        f"{in_nf4.loss - in_16_bit.loss:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
+    )
     return best
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,17 @@ from chatglm3.engines import Sampling, load_engine
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
 from cluster.errors import StageError
+from pipelines.agreement import Agreement, Example
 from pipelines.answering import ask_all
 from pipelines.evaluation import EvaluateConfig
 from pipelines.folding import MergedWeights, folded
+from pipelines.merge_measures import best_of
 from pipelines.merging import MergeConfig, merge
 from pipelines.metrics import summarize
 from pipelines.model_folders import open_model
 from pipelines.questions import Row, read_questions, score_answer
 from pipelines.weight_formats import through_nf4
-from pipelines.yardstick import live_model
+from pipelines.yardstick import Measured, live_model
 from tests.merge_inputs import kl, trained_tiny, tuned_adapter
 
 SETTINGS: dict[str, Any] = {"score_rows": 8, "score_tokens": 48}
@@ -103,15 +107,43 @@ def test_the_embedded_engine_answers_from_every_format_as_was_measured_and_nearl
     assert sum(map(str.__eq__, answers(str(out), read_questions(Path(rows, "train"), 24)), in_bf16)) >= least
 
 
-def test_onto_auto_keeps_what_answers_better(tuned: str, tmp_path: Path):
+def test_onto_auto_measures_each_once_and_keeps_one(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = MergeConfig(adapter=tuned, format="nf4", score_rows=0, out=str(tmp_path / "model"))
     losses = {}
     for onto in ("16bit", "nf4", "auto"):
-        out = merge(config.model_copy(update={"onto": onto}))
+        out = Path(merge(config.model_copy(update={"onto": onto})))
         losses[onto] = storage.open_folder(out).receipt.counts["loss"]
-    assert losses["auto"] == min(losses.values())
-    assert storage.open_folder(out).receipt.facts["onto"] == min(("16bit", "nf4"), key=lambda onto: losses[onto])
-    assert {path.name for path in Path(out).iterdir() if path.is_dir()} == set()
+    kept = storage.open_folder(out).receipt.facts["onto"]
+    assert losses["auto"] == losses[kept]
+    told = f"merge: onto {kept}: 16bit has a loss of {losses['16bit']:.4f}, nf4 of {losses['nf4']:.4f}, which is "
+    assert told in capsys.readouterr().out
+    assert {path.name for path in out.iterdir() if path.is_dir()} == set()
+    page = (out / "report.html").read_text()
+    lines = ["NF4 base with live adapter", "onto 16bit, nf4", "onto nf4, nf4", "merged, bf16"]
+    assert re.findall("<tr><th>([^<]*)</th><td>[0-9.]*</td><td>[0-9.]*%", page) == lines
+
+
+def measured(losses: list[float], kl: float = 0.01) -> Measured:
+    return Measured(Agreement(kl, 1.0, sum(losses) / len(losses), tuple((loss, 1) for loss in losses)))
+
+
+@pytest.mark.parametrize(
+    ("nf4", "kls", "best"),
+    [
+        ([0.9] * 10, (0.01, 0.01), "nf4"),
+        ([0.0] + [1.0] * 9, (0.01, 0.01), "16bit"),  # one lucky row: the interval is -0.3 to 0
+        ([1.1] * 10, (0.01, 0.01), "16bit"),
+        ([0.9] * 10, (0.01, 0.2), "16bit"),  # past the limit
+        ([1.1] * 10, (0.2, 0.01), "nf4"),
+        ([math.nan] * 10, (0.2, math.nan), "16bit"),
+    ],
+)
+def test_onto_auto_keeps_to_16_bits_unless_the_other_is_better_beyond_chance(
+    nf4: list[float], kls: tuple[float, float], best: str
+):
+    found: Any = {"16bit": measured([1.0] * 10, kls[0]), "nf4": measured(nf4, kls[1])}
+    examples = [Example([1, 2], [False, True], str(number)) for number in range(10)]
+    assert best_of(found, MergeConfig(onto="auto"), examples) == best
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.999])
