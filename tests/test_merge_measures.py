@@ -16,7 +16,9 @@ from chatglm3.chat import render
 from chatglm3.engines import Sampling, load_engine
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
+from cluster.commands import run_command
 from cluster.errors import StageError
+from pipelines.__main__ import STAGES
 from pipelines.agreement import Agreement, Example
 from pipelines.answering import ask_all
 from pipelines.evaluation import EvaluateConfig
@@ -146,15 +148,15 @@ def test_onto_auto_keeps_to_16_bits_unless_the_other_is_better_beyond_chance(
     assert best_of(found, MergeConfig(onto="auto"), examples) == best
 
 
+def folded_twice_in_place(weight: torch.Tensor, updates: Any) -> torch.Tensor:
+    """The commonest silent mistakes: the adapter is folded in twice, and into 4-bit weights in place."""
+    return folded(through_nf4(folded(weight, updates).bfloat16()), updates)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.999])
 def test_a_bad_merge_is_refused_and_says_by_how_much(
     factor: float, tuned: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The commonest silent mistakes: the adapter is folded in twice, and into 4-bit weights in place."""
-
-    def folded_twice_in_place(weight: torch.Tensor, updates: Any) -> torch.Tensor:
-        return folded(through_nf4(folded(weight, updates).bfloat16()), updates)
-
     config = MergeConfig(adapter={tuned: factor}, data=rows, out=str(tmp_path / "model"), **SETTINGS)
     right = storage.open_folder(merge(config)).receipt
     monkeypatch.setattr("pipelines.folding.folded", folded_twice_in_place)
@@ -176,6 +178,29 @@ def test_a_bad_merge_is_refused_and_says_by_how_much(
     assert wrong.facts["past_by"].startswith("KL ")
     said = f"past the limits, kept by --keep true: {wrong.facts['past_by']}"
     assert f"| verdict | {said} |" in (tmp_path / "bad/README.md").read_text()
+
+
+def test_a_bad_merge_that_is_kept_does_not_pass_the_gate_of_the_right_one(
+    ray_cluster: None, tuned: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On the command line, whose exit code a job goes by."""
+    config = MergeConfig(adapter=tuned, measure=False, out=str(tmp_path / "right"))
+    right = merge(config)
+    with monkeypatch.context() as in_place:
+        in_place.setattr("pipelines.folding.folded", folded_twice_in_place)
+        bad = merge(config.model_copy(update={"out": str(tmp_path / "bad"), "measure": True, "keep": True}))
+    monkeypatch.setattr("cluster.commands.signal.signal", lambda *_: None)
+
+    def evaluated(model: str, out: str, *gate: str) -> int:
+        rows_asked = ["--data", rows, "--split", "train", "--limit", "60", "--max_tokens", "96"]
+        flags = ["--model", model, *rows_asked, "--out", str(tmp_path / out), *gate]
+        return run_command("python -m pipelines", STAGES, ["evaluate", *flags])
+
+    assert evaluated(right, "first") == 0
+    assert evaluated(right, "again", "--gate", str(tmp_path / "first")) == 0
+    assert evaluated(bad, "worse", "--gate", str(tmp_path / "first")) == 1
+    verdicts = {out: storage.open_folder(tmp_path / out).receipt.facts.get("gate_passed") for out in ("again", "worse")}
+    assert verdicts == {"again": True, "worse": False}
 
 
 def test_what_is_made_of_a_refused_model_carries_the_verdict_on_it(
