@@ -10,15 +10,18 @@ import pytest
 from chatglm3.engines import EngineName, Sampling, load_engine
 from chatglm3.errors import ModelError
 from chatglm3.tokenizer import load_tokenizer
+from cluster import storage
 from pipelines.answering import ask_all
 from pipelines.merging import MergeConfig, merge
-from pipelines.questions import read_questions
+from pipelines.metrics import summarize
+from pipelines.questions import read_questions, score_answer
 from tests.merge_inputs import demo_rows, trained_tiny
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROWS = 24
+LONGEST = 48  # answer in tokens
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def answers(name: EngineName, folder: str, data: str) -> list[str]:
     async def asked() -> list[str]:
         engine = load_engine(name, folder, dtype="bfloat16", max_batch=16)
         try:
-            sampling = Sampling(max_tokens=48)
+            sampling = Sampling(max_tokens=LONGEST)
             return [
                 answer.text for answer in await ask_all(engine, load_tokenizer(folder), instructions, "chat", sampling)
             ]
@@ -49,14 +52,18 @@ def answers(name: EngineName, folder: str, data: str) -> list[str]:
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "fp8", "w4a16"])
-def test_vllm_answers_from_a_format_as_the_embedded_engine_does(
+def test_vllm_answers_from_a_format_as_the_embedded_engine_does_and_as_merge_measured(
     weight_format: Any, tuned: str, data: str, tmp_path: Path
 ) -> None:
-    config = MergeConfig(adapter=tuned, data=data, format=weight_format, measure=False, out=str(tmp_path / "model"))
-    out = merge(config)
+    settings: dict[str, Any] = {"measure": True, "score_rows": ROWS, "score_tokens": LONGEST}
+    out = merge(MergeConfig(adapter=tuned, data=data, format=weight_format, out=str(tmp_path / "model"), **settings))
     found, wanted = answers("vllm", out, data), answers("transformers", out, data)
     # The engines add up in another order, so that a near tie may fall the other way.
     assert sum(map(str.__eq__, found, wanted)) >= ROWS - 1
+    points = [score_answer(row, answer) for row, answer in zip(read_questions(Path(data, "dev")), found, strict=True)]
+    measured = storage.open_folder(out).receipt.counts
+    assert measured["questions"] == ROWS
+    assert abs(summarize(points)["exact_match"].value - measured["exact_match"]) <= 1.001 / ROWS
 
 
 @pytest.mark.parametrize("weight_format", ["nf4", "int8"])
