@@ -16,8 +16,8 @@ class MergeConfig(Config):
     """Fold a LoRA adapter into its 16-bit base and write one model folder to evaluate, chat with and serve.
 
     Writes weights, config.json, tokenizer, README.md and SHA256SUMS to OUT, and report.html if the model is measured.
-    --base DIR without --adapter only converts that model to --format. A killed run goes on when the same command is
-    given again.
+    --base DIR without --adapter only converts that model to --format. A run that was killed, failed or was refused goes
+    on behind its files when the same command is given again; after a refusal also with --keep true or other limits.
     """
 
     adapter: str | dict[str, float] = "out/adapter"
