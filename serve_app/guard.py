@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,11 @@ from serve_app.errors import ApiError
 from serve_app.keys import Key, KeyFile
 from serve_app.ledger import Ledger, Standing
 from serve_app.request_record import RequestRecord, current, path_of
+
+LAST_WORD_S = 1.0
+"""For telling a client that its time is over: a server's `send` waits for as long as the client reads nothing."""
+
+log = logging.getLogger(__name__)
 
 
 class Guard:
@@ -118,11 +124,15 @@ class Guard:
             error = ApiError(
                 504, f"the request took more than {self._timeout_s:g} s; ask for fewer tokens", code="timeout"
             )
-            if not begun:
-                return await _respond(error, scope, receive, send)
-            is_stream = begun.startswith("text/event-stream")
-            last = f"data: {json.dumps(error.body)}\n\n".encode() if is_stream else b""
-            await send({"type": "http.response.body", "body": last, "more_body": False})
+            try:
+                async with asyncio.timeout(LAST_WORD_S):
+                    if not begun:
+                        return await _respond(error, scope, receive, send)
+                    is_stream = begun.startswith("text/event-stream")
+                    last = f"data: {json.dumps(error.body)}\n\n".encode() if is_stream else b""
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
+            except TimeoutError:
+                log.warning("request %s: its client reads nothing; the connection is closed", record.id)
 
 
 def _refuse_if_exhausted(standing: Standing, record: RequestRecord) -> None:

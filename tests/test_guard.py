@@ -3,9 +3,12 @@
 import asyncio
 import hashlib
 import json
+import socket
 import stat
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 from fastapi import FastAPI
 
 from chatglm3 import load_tokenizer
-from chatglm3.engines import Engine
+from chatglm3.engines import Delta, Engine, Sampling
 from cluster.errors import StageError
 from serve_app import front, keys
 from serve_app.front import FrontArgs
@@ -23,13 +26,24 @@ from serve_app.ledger import LocalLedger
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.routes import make_api
+from tests import http_server
 from tests.clockwork import Clockwork
+from tests.waiting import wait_for
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "机密的问题"}]}
 
 
 def clockwork(step_s: float = 0.0) -> Clockwork:
     return Clockwork("机密", step_s)
+
+
+class Flood(Clockwork):
+    """Writes 30 kB a token: soon more than the buffers between a server and its client hold."""
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        async with aclosing(super().generate(prompt_ids, sampling)) as deltas:
+            async for delta in deltas:
+                yield replace(delta, text=delta.text * 10_000)
 
 
 @pytest.fixture
@@ -289,6 +303,26 @@ def test_a_request_ends_at_its_deadline_and_so_does_its_generation():
     assert pieces[1]["choices"][0]["delta"]["content"] == "机"
     assert last["error"]["code"] == "timeout"
     assert (len(engine.asked), engine.running) == (2, 0)
+
+
+def test_a_client_that_stops_reading_has_no_place_beyond_its_deadline():
+    engine = Flood("字" * 10_000)
+    api = served(engine, request_timeout_s=1, max_inflight=1)
+    body = json.dumps(CHAT | {"stream": True}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with http_server.served(api) as url, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", httpx.URL(url).port))
+        client.sendall(head.encode() + body)
+        started = time.monotonic()
+        wait_for(lambda: engine.asked, 1)
+        assert code_of(httpx.get(f"{url}/v1/models")) == (503, "overloaded")
+        wait_for(lambda: httpx.get(f"{url}/v1/models").status_code == 200, 5)
+        assert 1.9 < time.monotonic() - started < 4  # the deadline, and a second in which it could have read the error
+        assert engine.running == 0
 
 
 def test_bodies_and_prompts_have_limits():
