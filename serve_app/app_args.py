@@ -44,8 +44,9 @@ class AppArgs(FrontArgs):
             return validate(values)
         except ValidationError as error:
             wrong = error.errors()[0]
+            place = f"argument {'.'.join(map(str, wrong['loc']))}: " if wrong["loc"] else ""
             # `serve run` prints a ClickException as one line and exits with 1; anything else as a traceback.
             raise click.ClickException(
-                f"argument {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; "
+                f"{place}{wrong['msg'].removeprefix('Value error, ')}; "
                 f"the application's arguments are {', '.join([*AppArgs.__annotations__, *FrontArgs.model_fields])}"
             ) from None

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from starlette.middleware.cors import CORSMiddleware
 
 from chatglm3.engines import Engine
@@ -60,6 +60,13 @@ class FrontArgs(BaseModel):
     """Who may read /metrics: those with a key (everybody, where there are no keys), everybody, or nobody."""
     playground: bool = True
     """Whether / is a page to try the model on."""
+
+    @model_validator(mode="after")
+    def _limits_have_keys(self) -> "FrontArgs":
+        given = [name for name in vars(Limits()) if getattr(self, name)]
+        if given and not self.api_keys:
+            raise ValueError(f"{given[0]} is a limit of each key: give api_keys too, or leave it out")
+        return self
 
 
 def install(

@@ -186,6 +186,12 @@ def test_metrics_need_a_key_unless_they_are_open_or_off(key_file):
 # Limits
 
 
+@pytest.mark.parametrize("limit", ["requests_per_minute", "tokens_per_minute", "answers_at_once"])
+def test_limits_of_keys_need_keys(limit):
+    with pytest.raises(ValueError, match=f"{limit} is a limit of each key: give api_keys too, or leave it out"):
+        FrontArgs(**{limit: 5})
+
+
 def test_a_bucket_fills_up_within_a_minute():
     now = 0.0
     ledger = LocalLedger(clock=lambda: now)

@@ -180,7 +180,11 @@ def test_the_config_file_is_served_on_this_machine_only():
         ({"max_batch": "0"}, "argument max_batch: Input should be greater than or equal to 1"),
         ({"model": "/nowhere"}, "/nowhere is not a folder"),
         ({"model": "{folder}"}, "config.json is missing"),
-        ({"adapters": "one"}, "argument adapters: Value error, give NAME=FOLDER, with commas between several"),
+        ({"adapters": "one"}, "argument adapters: give NAME=FOLDER, with commas between several"),
+        (
+            {"requests_per_minute": "5", "tokens_per_minute": "9"},
+            "requests_per_minute is a limit of each key: give api_keys too, or leave it out; the application's",
+        ),
         ({"adapters": "one={folder}"}, "adapter one: {folder} holds no adapter_config.json"),
         ({"adapter_dir": "/nowhere"}, "adapter_dir /nowhere is not a folder"),
     ],
