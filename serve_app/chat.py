@@ -20,7 +20,7 @@ from serve_app.disconnect import unless_gone
 from serve_app.errors import ApiError
 from serve_app.logprobs import content_logprob, token_bytes
 from serve_app.models import Models
-from serve_app.request_record import reserve
+from serve_app.request_record import take_on
 from serve_app.requests import chat_guide, chatglm3_messages, chatglm3_tools, samplings
 
 DEFAULT_MAX_TOKENS = 512
@@ -50,7 +50,7 @@ def add_route(
             adapter=adapter,
         )
         await engine.prepare(asked[0])
-        await reserve(len(prompt_ids) + sum(sampling.max_tokens for sampling in asked))
+        await take_on(len(asked), len(prompt_ids) + sum(sampling.max_tokens for sampling in asked))
         choices = []
         for index, sampling in enumerate(asked):
             choice = ChatChoice(index, tokenizer, is_chat, tools, body.stop or (), has_logprobs=bool(body.logprobs))

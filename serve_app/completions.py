@@ -14,7 +14,7 @@ from serve_app.completion_schema import Completion, CompletionLogprobs, Completi
 from serve_app.disconnect import unless_gone
 from serve_app.logprobs import text_logprobs, token_text
 from serve_app.models import Models
-from serve_app.request_record import reserve
+from serve_app.request_record import take_on
 from serve_app.requests import guide_of, samplings
 
 DEFAULT_MAX_TOKENS = 16
@@ -35,7 +35,8 @@ def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models:
         )
         prompts = [await run_in_threadpool(prompt_ids, tokenizer, prompt) for prompt in body.prompts()]
         await engine.prepare(asked[0])
-        await reserve(sum(len(ids) + sum(sampling.max_tokens for sampling in asked) for ids in prompts))
+        tokens = sum(len(ids) + sum(sampling.max_tokens for sampling in asked) for ids in prompts)
+        await take_on(len(prompts) * len(asked), tokens)
         choices: list[tuple[TextChoice, AsyncGenerator[Delta, None]]] = []
         for ids in prompts:
             for sampling in asked:

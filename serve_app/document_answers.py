@@ -27,7 +27,7 @@ from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Do
 from serve_app.answers import STREAMS, EventStream, event
 from serve_app.disconnect import unless_gone
 from serve_app.errors import ApiError, api_error
-from serve_app.request_record import reserve
+from serve_app.request_record import take_on
 from serve_app.schema import Usage
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def add_route(
         )
         await engine.prepare(sampling)
         prompt_ids, parts = await run_in_threadpool(reader.prompt, body, engine.context_length - max_tokens)
-        await reserve(len(prompt_ids) + max_tokens)
+        await take_on(1, len(prompt_ids) + max_tokens)
         deltas = engine.generate(prompt_ids, sampling)
         reply = ReplyStream() if reader.prompt_format == "chat" else None
         written = _Answer(body, parts, deltas, reply, body.model or model_name, len(prompt_ids), observe)

@@ -32,6 +32,7 @@ class ApiError(HTTPException):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
+        self.code = code or ""
         self.body = {
             "error": {
                 "message": message,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,9 +11,10 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.allowance import Allowance
 from serve_app.errors import ApiError
 from serve_app.keys import Key, KeyFile
-from serve_app.ledger import Ledger, Standing
+from serve_app.ledger import Ledger
 from serve_app.request_record import RequestRecord, current, path_of
 
 LAST_WORD_S = 1.0
@@ -42,6 +44,7 @@ class Guard:
         self._max_inflight = max_inflight
         self._timeout_s = timeout_s
         self._inflight = 0
+        self._under_way: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may pass."""
@@ -51,12 +54,12 @@ class Guard:
         try:
             key = self._authenticated(scope)
             if key:
-                record.key, record.answers_at_once = key.name, key.limits.answers_at_once
+                record.key = key.name
             with self._place():
                 # Only what asks the model to write counts; a scrape of /metrics must not use up anything.
                 await self._counted(key if scope["method"] == "POST" else None, scope, receive, send, record)
         except ApiError as error:
-            record.rejected = str(error.body["error"]["code"])
+            record.rejected = error.code
             await _respond(error, scope, receive, send)
 
     @contextmanager
@@ -72,26 +75,15 @@ class Guard:
     async def _counted(
         self, key: Key | None, scope: Scope, receive: Receive, send: Send, record: RequestRecord
     ) -> None:
-        if key is None or not (key.limits.requests_per_minute or key.limits.tokens_per_minute):
+        if key is None:
             return await self._in_time(scope, receive, send, record)
-        admitted = await self._ledger.admit(key.name, key.limits)
-        _refuse_if_exhausted(admitted, record)
-        headers, reserved = admitted.headers, 0
-
-        async def reserve(tokens: int) -> None:
-            nonlocal reserved
-            standing = await self._ledger.reserve(key.name, key.limits, tokens)
-            headers.update(standing.headers)
-            _refuse_if_exhausted(standing, record)
-            reserved += tokens
-
-        record.reserve = reserve if key.limits.tokens_per_minute else None
+        record.allowance = allowance = Allowance(key, self._ledger, self._under_way)
         try:
-            await self._in_time(scope, receive, _with_headers(send, headers), record)
+            await allowance.admit()
+            await self._in_time(scope, receive, send, record)
         finally:
-            if tokens := record.prompt_tokens + record.completion_tokens - reserved:
-                # Shielded: a client that goes away must not get its tokens for nothing.
-                await asyncio.shield(self._ledger.settle(key.name, key.limits, tokens))
+            # Shielded: a client that goes away must not get its tokens for nothing.
+            await asyncio.shield(allowance.settle(record.prompt_tokens + record.completion_tokens))
 
     def _authenticated(self, scope: Scope) -> Key | None:
         if self._keys is None:
@@ -113,7 +105,9 @@ class Guard:
         async def watched(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
-                begun = MutableHeaders(scope=message).get("content-type", "?")
+                headers = MutableHeaders(scope=message)
+                begun = headers.get("content-type", "?")
+                headers.update(record.allowance.headers if record.allowance else {})
             await send(message)
 
         try:
@@ -127,7 +121,7 @@ class Guard:
             try:
                 async with asyncio.timeout(LAST_WORD_S):
                     if not begun:
-                        return await _respond(error, scope, receive, send)
+                        return await _respond(error, scope, receive, watched)
                     is_stream = begun.startswith("text/event-stream")
                     last = f"data: {json.dumps(error.body)}\n\n".encode() if is_stream else b""
                     await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -135,25 +129,5 @@ class Guard:
                 log.warning("request %s: its client reads nothing; the connection is closed", record.id)
 
 
-def _refuse_if_exhausted(standing: Standing, record: RequestRecord) -> None:
-    if standing.retry_after_s:
-        record.rejected = f"{standing.exhausted}_per_minute_exceeded"
-        raise ApiError(
-            429,
-            f"the key's {standing.exhausted} per minute are used up; try again in {standing.headers['retry-after']} s",
-            code=record.rejected,
-            headers=standing.headers,
-        )
-
-
 async def _respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(error.body, error.status_code, error.headers)(scope, receive, send)
-
-
-def _with_headers(send: Send, headers: dict[str, str]) -> Send:
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update(headers)
-        await send(message)
-
-    return sending

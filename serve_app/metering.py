@@ -57,16 +57,16 @@ class MeteredEngine:
         deltas = self._engine.generate(prompt_ids, sampling)
         record = current.get() or RequestRecord("")
         record.model = sampling.adapter or self._metrics.model
-        if record.prompt is not prompt_ids:
-            record.prompt = prompt_ids
-            record.prompt_tokens += len(prompt_ids)
-            self._metrics.record(metrics.PROMPT_TOKENS, len(prompt_ids), model=record.model)
-        return self._measured(deltas, record)
+        return self._measured(prompt_ids, deltas, record)
 
     async def _measured(
-        self, deltas: AsyncGenerator[Delta, None], record: RequestRecord
+        self, prompt_ids: list[int], deltas: AsyncGenerator[Delta, None], record: RequestRecord
     ) -> AsyncGenerator[Delta, None]:
         async with aclosing(deltas), self._places.taken(record):
+            if record.prompt is not prompt_ids:
+                record.prompt = prompt_ids
+                record.prompt_tokens += len(prompt_ids)
+                self._metrics.record(metrics.PROMPT_TOKENS, len(prompt_ids), model=record.model)
             started = last = time.perf_counter()
             ending, first, model = "abort", True, record.model
             try:

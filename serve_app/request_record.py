@@ -1,11 +1,14 @@
 """What is known of the request that is being answered: for logs, metrics, traces and quotas. Never its contents."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from starlette.types import Scope
+
+from serve_app.allowance import Allowance
+from serve_app.errors import ApiError
 
 
 @dataclass
@@ -15,10 +18,8 @@ class RequestRecord:
     id: str
     key: str = ""
     """Name of the API key."""
-    answers_at_once: int = 0
-    """How many answers the key may have written at a time; 0 is no limit."""
-    reserve: Callable[[int], Awaitable[None]] | None = None
-    """Takes tokens from what the key may use, before they are read and written. ApiError if there are too few."""
+    allowance: Allowance | None = None
+    """What it takes of the key's limits."""
     places: asyncio.Semaphore | None = None
     """Those that the request may take in the engine."""
     model: str = ""
@@ -39,10 +40,14 @@ def path_of(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
-async def reserve(tokens: int) -> None:
+async def take_on(answers: int, tokens: int) -> None:
     """Take what a request will read and may write from what its key may use. ApiError if that is too little."""
-    if (record := current.get()) and record.reserve:
-        await record.reserve(tokens)
+    if (record := current.get()) and record.allowance:
+        try:
+            await record.allowance.take(answers, tokens)
+        except ApiError as refusal:
+            record.rejected = refusal.code
+            raise
 
 
 current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)

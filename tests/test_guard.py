@@ -22,7 +22,7 @@ from cluster.errors import StageError
 from serve_app import front, keys
 from serve_app.front import FrontArgs
 from serve_app.keys import KeyFile, Limits, add_key
-from serve_app.ledger import LocalLedger
+from serve_app.ledger import LocalLedger, Standing
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.routes import make_api
@@ -51,13 +51,13 @@ def key_file(tmp_path: Path) -> Path:
     return tmp_path / "keys"
 
 
-def served(engine: Any, **args: Any) -> FastAPI:
+def served(engine: Any, ledger: LocalLedger | None = None, **args: Any) -> FastAPI:
     """The whole API over an engine, as `args` want it guarded."""
     settings, measured = FrontArgs(**args), Metrics("tiny")
     metered: Engine = MeteredEngine(engine, measured, settings.max_prompt_tokens)
     limits = {"max_body_bytes": settings.max_body_bytes, "max_prompt_tokens": settings.max_prompt_tokens}
     api = make_api(metered, load_tokenizer("tiny"), "tiny", "chat", on_answer=measured.answered, **limits)
-    front.install(api, settings, metered, measured)
+    front.install(api, settings, metered, measured, ledger=ledger)
     return api
 
 
@@ -243,7 +243,7 @@ def test_requests_and_tokens_beyond_a_keys_limits_wait(key_file):
 
 def test_tokens_of_an_answer_that_was_broken_off_count_too(key_file):
     key = add_key(key_file, "a", Limits(tokens_per_minute=10))
-    api = served(clockwork(step_s=0.2), api_keys=str(key_file), request_timeout_s=0.3)
+    api = served(clockwork(step_s=0.2), api_keys=str(key_file), request_timeout_s=0.5)
     assert ask(api, key, stream=True).text.endswith('"code": "timeout"}}\n\n')
     assert code_of(ask(api, key)) == (429, "tokens_per_minute_exceeded")
 
@@ -276,6 +276,29 @@ def test_a_request_that_may_need_more_than_a_minutes_tokens_waits_for_all_of_the
     assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 30
     now = 30.0
     assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 0
+
+
+class LateLedger(LocalLedger):
+    """Counts at once, and says so after a deadline."""
+
+    async def reserve(self, name: str, limits: Limits, tokens: int) -> Standing:
+        standing = await super().reserve(name, limits, tokens)
+        await asyncio.sleep(0.3)
+        return standing
+
+
+def test_tokens_that_the_ledger_took_come_back_where_the_deadline_was_sooner(key_file):
+    key = add_key(key_file, "a", Limits(tokens_per_minute=1000))
+    ledger = LateLedger()
+    api = served(clockwork(), ledger=ledger, api_keys=str(key_file), request_timeout_s=0.1)
+
+    async def ask_and_wait(client: httpx.AsyncClient) -> httpx.Response:
+        answer = await client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 900}, headers=bearer(key))
+        await asyncio.sleep(0.5)
+        return answer
+
+    assert code_of(run(api, ask_and_wait)) == (504, "timeout")
+    assert asyncio.run(ledger.admit("a", Limits(tokens_per_minute=1000))).left[0][2] == 1000
 
 
 # Places and deadlines

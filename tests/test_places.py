@@ -1,6 +1,7 @@
 """Who gets the rows of an engine: one request's choices half of them, one key's answers as many as it may have."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,29 @@ def test_a_key_has_no_more_answers_written_at_once_than_it_may(engine, tmp_path:
     refused = next(answer for answer in flooding if answer.status_code == 429)
     assert code_of(refused) == (429, "answers_at_once_exceeded")
     assert refused.headers["retry-after"] == "1"
-    assert (too_many.status_code, few.status_code) == (429, 200)  # its limit is the server's
-    assert (
-        run(api, lambda client: post(client, busy, max_tokens=3, n=2)).status_code == 200
-    )  # its places are free again
+    assert code_of(too_many) == (400, "answers_at_once_exceeded")  # its limit is the server's, and no wait helps
+    assert few.status_code == 200
+    again = run(api, lambda client: post(client, busy, max_tokens=3, n=2))
+    assert again.status_code == 200  # its places are free again
+
+
+def test_what_is_refused_uses_up_nothing(engine, tmp_path: Path):
+    key = add_key(tmp_path / "keys", "a", Limits(tokens_per_minute=10_000, answers_at_once=2))
+    api = served(engine, api_keys=str(tmp_path / "keys"), audit_log=str(tmp_path / "audit"))
+
+    async def beside_a_long_answer(client: httpx.AsyncClient) -> list[httpx.Response]:
+        long = asyncio.create_task(post(client, key, max_tokens=300))
+        await asyncio.sleep(0.1)
+        refused = [await post(client, key, max_tokens=3, n=n) for n in (2, 2, 2, 3)]
+        return [*refused, await long, await post(client, key, max_tokens=3)]
+
+    *refused, long, last = run(api, beside_a_long_answer)
+    assert [answer.status_code for answer in refused] == [429, 429, 429, 400]
+    entries = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert [(e["prompt_tokens"], e["rejected"]) for e in entries[:4]] == [(0, "answers_at_once_exceeded")] * 4
+    used = long.json()["usage"]["total_tokens"] + last.json()["usage"]["total_tokens"]
+    left = int(last.headers["x-ratelimit-remaining-tokens"])
+    assert 0 <= left - (10_000 - used) < 1000  # it fills up meanwhile
+    text = run(api, lambda client: client.get("/metrics", headers=bearer(key))).text
+    read = long.json()["usage"]["prompt_tokens"] + last.json()["usage"]["prompt_tokens"]
+    assert f'prompt_tokens_total{{model="tiny"}} {read}.0' in text
