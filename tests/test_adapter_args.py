@@ -1,5 +1,6 @@
 """Adapters that a server is started with or finds later: what is wrong with one is said before it answers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def test_an_adapter_that_comes_later_is_checked_when_it_is_first_asked_for(tmp_p
         check("bare")
     write(tmp_path / "good", preset="multidoc", prompt_digest=format_digest())
     check("good")
+
+
+def test_an_adapter_whose_folder_has_gone_cannot_be_used(tmp_path):
+    write(tmp_path / "law", preset="multidoc", prompt_digest=format_digest())
+    check = AdapterCheck(AdapterFolders({"law": tmp_path / "law"}), "chat", "numbered")
+    check("law")
+    shutil.rmtree(tmp_path / "law")
+    with pytest.raises(UnusableAdapter, match="law cannot be read: No such file or directory"):
+        check("law")
 
 
 def test_dora_is_not_for_vllm(tmp_path, tiny, monkeypatch):

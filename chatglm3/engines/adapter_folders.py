@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from chatglm3.engines.request_errors import UnknownAdapter
+from chatglm3.engines.request_errors import UnknownAdapter, UnusableAdapter
 from chatglm3.folder import read_json
 
 
@@ -44,5 +44,9 @@ class AdapterFolders:
 
 
 def written_at(folder: Path) -> int:
-    """A number that changes when the adapter in a folder is written again."""
-    return max((file.stat().st_mtime_ns for file in folder.iterdir() if file.name.startswith("adapter_")), default=0)
+    """A number that changes when the adapter in a folder is written again. UnusableAdapter if the folder has gone."""
+    try:
+        times = [file.stat().st_mtime_ns for file in folder.iterdir() if file.name.startswith("adapter_")]
+    except OSError as error:
+        raise UnusableAdapter(f"adapter folder {folder} cannot be read: {error.strerror}") from None
+    return max(times, default=0)
