@@ -95,10 +95,11 @@ class ChatGlmTokenizer:
 class TextDecoder:
     """Ids in, text out as soon as it is certain: half a character waits for its other bytes."""
 
-    def __init__(self, tokenizer: ChatGlmTokenizer) -> None:
+    def __init__(self, tokenizer: ChatGlmTokenizer, is_start: bool = True) -> None:
+        """`is_start`: the ids are a text of their own; otherwise they go on with one, and keep their first space."""
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="chatglm3.replace_each_byte")
-        self._at_start = True
+        self._at_start = is_start
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that these ids complete."""

@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from chatglm3.engines import Delta, Engine, FinishReason, TokenLogprob
 from chatglm3.stream import StopTexts
-from chatglm3.tokenizer import ChatGlmTokenizer
+from chatglm3.tokenizer import ChatGlmTokenizer, TextDecoder
 from serve_app import completion_schema
 from serve_app.answers import STREAMS, Answer, EventStream, Json
 from serve_app.completion_schema import Completion, CompletionLogprobs, CompletionRequest
@@ -67,6 +67,8 @@ class TextChoice:
         self._logprobs: list[TokenLogprob] = []
         self._offsets: list[int] = []
         self._has_logprobs = has_logprobs
+        self._decoder = TextDecoder(tokenizer, is_start=False)
+        self._decoded = 0
         self._space: str | None = None
         """What the engine took off the first token, as from a text of its own; here it goes on with the prompt's."""
 
@@ -83,7 +85,7 @@ class TextChoice:
             text, self._space = self._space + text, ""
         text = self._stop.push(text, is_last=delta.finish_reason is not None)
         new = [token for token in delta.logprobs if token.token_id not in self._tokenizer.stop_ids]
-        offsets = [len(self._text)] * len(new)
+        offsets = [self._offset_of(token.token_id) for token in new]
         self._logprobs += new
         self._offsets += offsets
         self._text += text
@@ -94,6 +96,12 @@ class TextChoice:
             return []
         logprobs = text_logprobs(self._tokenizer, new, offsets) if self._has_logprobs else None
         return [{"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}]
+
+    def _offset_of(self, token_id: int) -> int:
+        """Where the next token begins, which the text that it comes with does not tell: that may be of several."""
+        offset = self._decoded
+        self._decoded += len(self._decoder.push([token_id]))
+        return offset
 
     def whole(self) -> completion_schema.CompletionChoice:
         """The choice as one object."""

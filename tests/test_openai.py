@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from chatglm3 import load_model, load_tokenizer, parse_reply, prompt_ids
-from chatglm3.engines import Delta, Sampling, complete
+from chatglm3.engines import Delta, Sampling, TokenLogprob, complete
 from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app.routes import make_api
@@ -385,6 +385,25 @@ def test_a_completion_has_logprobs_in_the_older_shape(client):
     assert found.text_offset[0] == 0
     for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values())
+
+
+class Joined(Clockwork):
+    """Its seven tokens come as one piece, as engines join them for many streams."""
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        tokens = load_tokenizer("tiny").encode("北京的人口是多少")[:7]
+        logprobs = tuple(TokenLogprob(token, -0.5) for token in tokens)
+        yield Delta(load_tokenizer("tiny").decode(tokens), tuple(tokens), "length", logprobs)
+
+
+def test_tokens_that_come_together_begin_at_places_of_their_own(tokenizer):
+    with served(make_api(Joined(""), tokenizer, "tiny", "chat")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        [choice] = client.completions.create(model="tiny", prompt="x", logprobs=0, max_tokens=7).choices
+    found = choice.logprobs
+    assert len(found.tokens) == 7
+    assert "".join(found.tokens) == choice.text
+    assert found.text_offset == [len("".join(found.tokens[:place])) for place in range(7)]
 
 
 def test_tokens_are_what_the_model_reads(url, tokenizer):
