@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from chatglm3.engines import EngineError, PromptTooLong, RequestError, UnknownAdapter, UnusableAdapter
 from chatglm3.errors import ModelError
+from serve_app.paths import path_of
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,11 @@ class ApiError(HTTPException):
         }
 
 
-def api_error(error: Exception) -> ApiError:
-    """What the client is told of `error`. An error without a place here is our own mistake: 500, details in the log."""
+def api_error(error: Exception, prompt_field: str = "messages") -> ApiError:
+    """What the client is told of `error`, by the field that has the prompt where that is too long.
+
+    An error without a place here is our own mistake: 500, details in the log.
+    """
     match error:
         case ApiError():
             return error
@@ -53,7 +57,7 @@ def api_error(error: Exception) -> ApiError:
         case RequestValidationError():
             return _validation_error(error.errors()[0])
         case PromptTooLong():
-            return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+            return ApiError(400, str(error), param=prompt_field, code="context_length_exceeded")
         case UnknownAdapter():
             return ApiError(404, str(error), param="model", code="model_not_found")
         case UnusableAdapter():
@@ -78,8 +82,8 @@ def install(api: FastAPI) -> None:
         api.add_exception_handler(kind, _respond)
 
 
-def _respond(_: Request, error: Exception) -> JSONResponse:
-    answer = api_error(error)
+def _respond(request: Request, error: Exception) -> JSONResponse:
+    answer = api_error(error, "prompt" if path_of(request.scope) == "/v1/completions" else "messages")
     return JSONResponse(answer.body, answer.status_code, answer.headers)
 
 

@@ -15,7 +15,8 @@ from serve_app.allowance import Allowance
 from serve_app.errors import ApiError
 from serve_app.keys import Key, KeyFile
 from serve_app.ledger import Ledger
-from serve_app.request_record import RequestRecord, current, path_of
+from serve_app.paths import path_of
+from serve_app.request_record import RequestRecord, current
 
 LAST_WORD_S = 1.0
 """For telling a client that its time is over: a server's `send` waits for as long as the client reads nothing."""

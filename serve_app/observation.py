@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import tracing
 from serve_app.metrics import HTTP_REQUESTS, REJECTED, Metrics
-from serve_app.request_record import RequestRecord, current, path_of
+from serve_app.paths import path_of
+from serve_app.request_record import RequestRecord, current
 
 _ID = re.compile(r"[\w.:-]{1,128}")
 Audit = Callable[[dict[str, Any]], None]

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from starlette.types import Scope
-
 from serve_app.allowance import Allowance
 from serve_app.errors import ApiError
 
@@ -33,11 +31,6 @@ class RequestRecord:
     finish_reason: str = ""
     rejected: str = ""
     """Why it was turned away, in a word."""
-
-
-def path_of(scope: Scope) -> str:
-    """The path as routes have it: without the prefix that the application is served under."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 async def take_on(answers: int, tokens: int) -> None:

@@ -210,6 +210,12 @@ def test_a_wrong_field_is_named(url, fields, param, code):
     assert error_of(ask(url, **fields)) == (400, param, code)
 
 
+def test_a_prompt_that_is_too_long_is_named_as_its_route_has_it(url):
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 10**6}
+    refused = httpx.post(f"{url}/v1/completions", json=body)
+    assert error_of(refused) == (400, "prompt", "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     ("body", "code"),
     [
