@@ -61,7 +61,7 @@ class EngineReplica:
             raise RuntimeError("the engine has died")
 
 
-@serve.deployment(max_ongoing_requests=32, max_constructor_retry_count=2)
+@serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)
 class EngineServer(EngineReplica):
     """An engine, to be asked by `RemoteEngine`. Failures are items, so that they arrive as what they are."""
 

@@ -22,7 +22,8 @@ from click import ClickException
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.storage import Receipt, publish
-from serve_app.app import AppArgs, build
+from serve_app.app import AppArgs, ChatServer, build
+from serve_app.engine_server import EngineServer
 from tests.random_adapters import KINDS, write_adapter
 from tests.serving import PROJECT, SERVE, replicas, served, write_endless_model
 from tests.waiting import wait_for
@@ -167,6 +168,11 @@ def test_the_config_file_is_served_on_this_machine_only():
     [application] = config.applications
     assert AppArgs(**application.args) == AppArgs()
     assert application.deployments[0].max_ongoing_requests == AppArgs().max_batch
+
+
+def test_nothing_waits_in_a_queue_without_end():
+    """Ray's own default: clients of a full service would wait until their deadline."""
+    assert [ChatServer.max_queued_requests, EngineServer.max_queued_requests] == [64, 64]
 
 
 @pytest.mark.parametrize(
