@@ -10,7 +10,7 @@ from chatglm3.engines.adapter_folders import written_at
 from chatglm3.errors import ModelError
 from cluster.errors import StageError
 from cluster.storage import read_receipt
-from serve_app.document_answers import DocumentStyle, document_style
+from serve_app.document_reader import DocumentStyle, document_style
 
 
 def named(adapters: Any) -> Any:

@@ -29,7 +29,7 @@ from cluster.storage import RECEIPT, read_receipt
 from serve_app import front
 from serve_app.adapter_args import AdapterCheck, check_adapters
 from serve_app.app_args import AppArgs
-from serve_app.document_answers import document_style
+from serve_app.document_reader import document_style
 from serve_app.engine_server import EngineReplica, EngineServer, engine_of_this_replica, join_serve_log
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics

@@ -3,29 +3,21 @@
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from chatglm3.answer_stream import AnswerStream, Piece
-from chatglm3.bm25 import likeliest_first
-from chatglm3.chat import PromptFormat, question_ids
-from chatglm3.documents import DocumentAnswer, documents_prompt, format_digest, seed_prompt
 from chatglm3.engines import Delta, Engine, EngineError, FinishReason, Sampling
-from chatglm3.errors import ModelError
-from chatglm3.fitting import NUMBERING, Part, fit_documents
-from chatglm3.quotations import find_answer, find_quotation
+from chatglm3.fitting import Part
 from chatglm3.reply import ReplyStream
-from chatglm3.tokenizer import ChatGlmTokenizer
-from chatglm3.windows import Span
-from serve_app.answer_schema import AnswerBody, AnswerRequest, Citation, Cut, Document, Fit, Match
+from serve_app.answer_schema import AnswerBody, AnswerRequest
 from serve_app.answers import STREAMS, EventStream, event
+from serve_app.citations import cite, fit_report
 from serve_app.disconnect import unless_gone
+from serve_app.document_reader import Reader
 from serve_app.errors import ApiError, api_error
 from serve_app.request_record import take_on
 from serve_app.schema import Usage
@@ -33,72 +25,6 @@ from serve_app.schema import Usage
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 512
-DocumentStyle = Literal["numbered", "single"]
-"""`single` is the predecessor's prompt of one document, whose answers cite nothing."""
-
-
-def document_style(facts: Mapping[str, Any], folder: str) -> DocumentStyle:
-    """How the model in `folder`, whose receipt has these facts, was taught to read documents.
-
-    ModelError if it was taught with another wording than this version asks with.
-    """
-    if facts.get("prompt_digest", format_digest()) != format_digest():
-        raise ModelError(
-            f"{folder} was tuned on another wording of the document prompt (prompt_digest in its receipt.json is "
-            f"{facts['prompt_digest'][:12]}, here {format_digest()[:12]}): serve it with the version that tuned it, "
-            f"or prepare and train again"
-        )
-    return "single" if facts.get("preset") == "seed" else "numbered"
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What turns a request into a prompt: the model's tokenizer and how it was taught to be asked."""
-
-    tokenizer: ChatGlmTokenizer
-    prompt_format: PromptFormat
-    style: DocumentStyle = "numbered"
-    max_prompt_tokens: int | None = None
-
-    def prompt(self, body: AnswerRequest, limit: int) -> tuple[list[int], list[Part]]:
-        """A prompt of at most `limit` tokens, and the parts of `shown` documents in it.
-
-        ApiError if the question leaves no room for a document.
-        """
-        limit = max(0, min(limit, self.max_prompt_tokens or limit))
-        documents = [document.shown for document in body.documents]
-        offered, count = documents, cache(self._count)
-        without = len(self._ids([], body.question))
-        if self.style == "single":
-            best = likeliest_first(body.question, documents)[0]
-            offered = [text if index == best else "" for index, text in enumerate(documents)]
-        room = limit - without
-        while parts := [part for part in fit_documents(body.question, offered, room, count) if part.start < part.end]:
-            ids = self._ids([documents[part.index][part.start : part.end] for part in parts], body.question)
-            if len(ids) <= limit:
-                return ids, parts
-            # Where texts are joined there may be a token more than in each alone.
-            room -= max(NUMBERING, len(ids) - limit)
-        raise ApiError(
-            400,
-            f"the question takes {without} of {limit} tokens that a prompt may have here, which leaves no room for a "
-            f"document; shorten it, or send a smaller max_tokens",
-            param="question",
-            code="context_length_exceeded",
-        )
-
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer.encode(text))
-
-    def _ids(self, documents: Sequence[str], question: str) -> list[int]:
-        build = documents_prompt if self.style == "numbered" else _single_prompt
-        return question_ids(
-            self.tokenizer, [{"role": "user", "content": build(documents, question)}], self.prompt_format
-        )
-
-
-def _single_prompt(documents: Sequence[str], question: str) -> str:
-    return seed_prompt("".join(documents), question)
 
 
 def add_route(
@@ -172,7 +98,7 @@ class _Answer:
         async with aclosing(self._pieces()) as pieces:
             async for _ in pieces:
                 pass
-        return self._body()
+        return await self._body()
 
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events: `start`, pieces of `quote` and `answer`, and `done` with the whole.
@@ -187,7 +113,8 @@ class _Answer:
                 while piece is not None:
                     yield event({"type": piece.kind, "text": piece.text})
                     piece = await anext(pieces, None)
-            yield event({"type": "done", **self._body().model_dump()})
+            body = await self._body()
+            yield event({"type": "done", **body.model_dump()})
         except Exception as error:
             log.exception("answer %s broke off", self._head["id"])
             yield event(api_error(error).body)
@@ -210,65 +137,19 @@ class _Answer:
                     return
         raise EngineError("the answer ended without a finish reason")
 
-    def _body(self) -> AnswerBody:
+    async def _body(self) -> AnswerBody:
         read, written, found = self._prompt_tokens, self._completion_tokens, self._stream.whole
         assert self._finish_reason
+        # A long quote with mistakes takes tens of milliseconds, in which all other answers would stand still.
+        citations = await run_in_threadpool(cite, found, self._request, self._parts)
         body = AnswerBody(
             **self._head,
             **self._fit.model_dump(),
             answer=found.text,
-            citations=cite(found, self._request, self._parts),
+            citations=citations,
             refused=found.refused,
             finish_reason=self._finish_reason,
             usage=Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written),
         )
         self._observe(body)
         return body
-
-
-def fit_report(documents: Sequence[Document], parts: Sequence[Part]) -> Fit:
-    """What of the documents a prompt of these parts does not show, in characters of their texts."""
-    shown = {part.index for part in parts}
-    cut = []
-    for part in parts:
-        document = documents[part.index]
-        if part.end - part.start < len(document.shown):
-            start, end = (max(0, place - document.text_start) for place in (part.start, part.end))
-            cut.append(Cut(document=part.index, start=start, end=end))
-    return Fit(omitted=[index for index in range(len(documents)) if index not in shown], cut=cut)
-
-
-def cite(answer: DocumentAnswer, body: AnswerRequest, parts: Sequence[Part]) -> list[Citation]:
-    """The answer's citations of prompt documents as citations of the caller's; numbers of no document are dropped."""
-    citations = []
-    for number in answer.citations:
-        if not 1 <= number <= len(parts):
-            continue
-        part = parts[number - 1]
-        document = body.documents[part.index]
-        # Looked for in what the model saw, lest an equal passage elsewhere in the document be taken for it.
-        begin = max(part.start, document.text_start)
-        span, match = _place(answer, body.question, document.shown[begin : part.end])
-        start, end = (place + begin - document.text_start for place in span) if span else (None, None)
-        citations.append(
-            Citation(
-                document=part.index,
-                id=document.id,
-                title=document.title,
-                quote=document.text[start:end] if span else answer.quote or None,
-                start=start,
-                end=end,
-                match=match,
-            )
-        )
-    return citations
-
-
-def _place(answer: DocumentAnswer, question: str, text: str) -> tuple[Span | None, Match]:
-    """Where in `text` the answer's quote stands, or the answer itself, if it has none; and how that was found."""
-    if not answer.quote:
-        span = find_answer(question, answer.text, text)
-        return span, "answer" if span else None
-    if found := find_quotation(answer.quote, text):
-        return (found.start, found.end), "exact" if found.exact else "near"
-    return None, None

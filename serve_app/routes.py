@@ -11,7 +11,7 @@ from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import chat, completions, document_answers, errors, models, tokenization
 from serve_app.answer_schema import AnswerBody
 from serve_app.body_limit import BodyLimit
-from serve_app.document_answers import DocumentStyle, Reader
+from serve_app.document_reader import DocumentStyle, Reader
 from serve_app.errors import ApiError
 from serve_app.models import Models
 from serve_app.schema import ErrorBody

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from chatglm3.windows import sentences
 from cluster.storage import Receipt, publish
 from serve_app.adapter_args import check_adapters
 from serve_app.answer_schema import AnswerRequest, Cut
-from serve_app.document_answers import Reader, cite, document_style, fit_report
+from serve_app.citations import cite, fit_report
+from serve_app.document_reader import Reader, document_style
 from serve_app.routes import make_api
 from tests.clockwork import Clockwork
 
@@ -281,6 +283,28 @@ def test_a_long_document_is_searched_in_a_moment():
     document = "".join(fillers(2000))
     passage = document[60_000:60_160]
     assert find_quotation(passage[:80] + "错" + passage[81:], document) == Quotation(60_000, 60_160, False)
+
+
+def test_others_are_answered_while_a_quote_is_looked_for(tokenizer, monkeypatch):
+    answered = threading.Event()
+
+    def slow(quote: str, text: str) -> Quotation | None:
+        assert answered.wait(5)
+        return find_quotation(quote, text)
+
+    monkeypatch.setattr("serve_app.citations.find_quotation", slow)
+    api = make_api(Clockwork(cited_answer("蓝色", 1, "天空是蓝色的。")), tokenizer, "tiny", "chat")
+
+    async def both() -> dict[str, Any]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://x") as client:
+            asked = client.post("/v1/answer", json={"question": "天空？", "documents": [SKY]})
+            answer = asyncio.create_task(asked)
+            await asyncio.sleep(0.5)
+            assert (await client.get("/healthz")).status_code == 200
+            answered.set()
+            return (await answer).json()
+
+    assert asyncio.run(both())["citations"][0]["quote"] == "天空是蓝色的。"
 
 
 def test_of_several_sentences_with_the_answer_the_one_like_the_question_is_taken():
