@@ -69,6 +69,10 @@ CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_
 
 WATCH_S = 0.1  # between two looks at whether vLLM's process still runs
 
+# vLLM raises temperatures below it, with a line in its log alone; and its seed -1 is no seed.
+LEAST_TEMPERATURE = 0.01
+SEED_OF_MINUS_ONE = 2**63 - 1
+
 log = logging.getLogger(__name__)
 
 
@@ -114,6 +118,7 @@ class VllmEngine:
         self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
         self._pacing = Pacing()
+        self._speculate = speculate
         self.adapters = adapters or AdapterFolders()
         self.context_length: int = self._config.max_position_embeddings
         self.max_batch = max_batch
@@ -148,6 +153,10 @@ class VllmEngine:
         if self._llm.errored:
             raise EngineDied("the engine died")
         check_request(prompt_ids, sampling, self._config.vocab_size, self.context_length)
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise RequestError(f"vLLM draws at a temperature of {LEAST_TEMPERATURE} or more; send 0 for the likeliest")
+        if self._speculate and sampling.logit_bias:
+            raise RequestError("logit_bias cannot be kept with speculate=true, which this server was started with")
         if sampling.drawn and (sampling.guide or sampling.presence_penalty or sampling.frequency_penalty):
             raise RequestError("vLLM cannot go on with an answer under a guide or penalties: it takes it for a prompt")
         return self._stream([*prompt_ids, *sampling.drawn], sampling)
@@ -295,7 +304,7 @@ def _params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingParams:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=sampling.seed,
+        seed=SEED_OF_MINUS_ONE if sampling.seed == -1 else sampling.seed,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=dict(sampling.logit_bias) or None,

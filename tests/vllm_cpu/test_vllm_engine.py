@@ -146,6 +146,8 @@ def test_speculation_changes_no_token(run: Run, vllm: Engine, folder: Path, prom
     guessing = load_engine("vllm", folder, dtype="float32", max_batch=16, speculate=True)
     try:
         assert ask(run, guessing, prompts, GREEDY) == ask(run, vllm, prompts, GREEDY)
+        with pytest.raises(RequestError, match="logit_bias cannot be kept with speculate=true"):
+            guessing.generate(prompts[0], ENDLESS)
     finally:
         guessing.close()
 
@@ -189,6 +191,8 @@ def test_a_seed_gives_the_same_answer_again_whatever_else_is_asked(run: Run, vll
     alone = ask(run, vllm, prompts[:1], drawn)[0]
     assert ask(run, vllm, prompts, drawn)[0] == alone
     assert ask(run, vllm, prompts[:1], other)[0] != alone
+    minus_one = replace(drawn, seed=-1)  # which is no seed to vLLM
+    assert ask(run, vllm, prompts[:1], minus_one) == ask(run, vllm, prompts[:1], minus_one)
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -220,6 +224,7 @@ def test_what_cannot_be_done_is_refused_and_the_others_are_answered(
         ([tokenizer.vocab_size + 7], GREEDY, RequestError),
         (prompts[0] * 1000, GREEDY, PromptTooLong),
         (prompts[0], Sampling(guide=Guide("regex", "(")), RequestError),
+        (prompts[0], Sampling(temperature=0.005), RequestError),  # which vLLM would raise to 0.01
         (prompts[0], Sampling(adapter="third"), UnknownAdapter),
         (prompts[0], Sampling(adapter="dora"), ModelError),
     ):
