@@ -62,7 +62,7 @@ def main() -> None:
     serving.add_argument("--users", type=int, default=64, help="for each replica (default: 64)")
     serving.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
     serving.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of a replica (default: 1)")
-    serving.set_defaults(lines=serving_lines, head="first token, p50, ms | between tokens, p50, ms | p99, ms")
+    serving.set_defaults(lines=serving_lines, head="first token, p50, ms | between pieces, p50, ms | p99, ms")
     for part in (training, serving):
         part.add_argument("--count", type=int, nargs="+", default=[1, 2, 4, 8], help="workers or replicas, in turn")
     chosen = parser.parse_args()

@@ -20,7 +20,8 @@ class BenchConfig(Config):
 
     With --rate they come as users do, at random times, and do not wait for each other (open loop): what a service
     must be measured with. With --concurrency so many ask without a pause (closed loop), which shows the most it can do.
-    Latencies count from when a request was due.
+    Latencies count from when a request was due. A server may send several tokens as one piece of text: the time a token
+    is over all that follow the first, the time between pieces is what users see.
     """
 
     url: str = "http://127.0.0.1:8000"

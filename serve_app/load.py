@@ -34,8 +34,14 @@ class Outcome:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between one text and the next."""
+        """Seconds between one piece of text and the next: a piece may be of several tokens."""
         return [later - earlier for earlier, later in zip(self.texts, self.texts[1:], strict=False)]
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds a token, after the first; None of an answer that has no second."""
+        later = self.completion_tokens - 1
+        return (self.ended - self.texts[0]) / later if self.texts and later > 0 else None
 
 
 def poisson(rate: float, count: int, seed: int) -> list[float]:

@@ -31,7 +31,8 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "most_in_flight": int(in_flight(outcomes)[1].max(initial=0)),
         "sent_late_ms": _spread([outcome.sent - outcome.due for outcome in outcomes]),
         "first_token_ms": _spread([outcome.texts[0] - outcome.due for outcome in answered if outcome.texts]),
-        "between_tokens_ms": _spread([gap for outcome in answered for gap in outcome.gaps]),
+        "a_token_ms": _spread([token_s for outcome in answered if (token_s := outcome.token_s) is not None]),
+        "between_pieces_ms": _spread([gap for outcome in answered for gap in outcome.gaps]),
         "whole_answer_ms": _spread([outcome.ended - outcome.due for outcome in answered]),
     }
 
@@ -61,7 +62,8 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
         table.add_column(name, justify="right")
     for label, key in (
         ("first token", "first_token_ms"),
-        ("between tokens", "between_tokens_ms"),
+        ("a token, after the first", "a_token_ms"),
+        ("between pieces of text", "between_pieces_ms"),
         ("whole answer", "whole_answer_ms"),
     ):
         table.add_row(label, *(f"{summary[key][name]:,.1f}" if summary[key] else "-" for name in names))

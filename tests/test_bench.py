@@ -96,8 +96,15 @@ def test_latencies_count_from_when_a_request_was_due():
     assert (summary["requests"], summary["answered"], summary["most_in_flight"]) == (3, 2, 2)
     assert (summary["output_tokens_per_s"], summary["prompt_tokens_per_s"]) == (2.0, 7.5)
     assert summary["first_token_ms"]["mean"] == 2000
-    assert summary["between_tokens_ms"]["p50"] == 500
+    assert summary["between_pieces_ms"]["p50"] == 500
+    assert (summary["a_token_ms"]["p50"], summary["a_token_ms"]["max"]) == (250, 500)
     assert (summary["whole_answer_ms"]["p50"], summary["whole_answer_ms"]["max"]) == (2500, 3000)
+
+
+def test_tokens_that_come_as_one_piece_share_its_time():
+    joined = Outcome(due=0.0, sent=0.0, texts=[1.0, 2.0], ended=2.0, prompt_tokens=1, completion_tokens=11)
+    summary = summarize([joined])
+    assert (summary["a_token_ms"]["p50"], summary["between_pieces_ms"]["p50"]) == (100, 1000)
 
 
 def test_prompts_come_from_a_file_from_prepare_or_by_length(tmp_path):
