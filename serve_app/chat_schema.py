@@ -89,7 +89,7 @@ class Function(RequestBody):
     parameters: JsonSchema | None = None
     """A JSON schema of an object."""
     strict: bool | None = None
-    """Taken and not used: calls are kept to the schema where tool_choice demands one."""
+    """true only where tool_choice demands a call: such a one is kept to the schema, others are not."""
 
 
 class Tool(RequestBody):

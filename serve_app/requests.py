@@ -58,7 +58,20 @@ def chat_guide(body: ChatRequest, tools: Sequence[dict[str, Any]] | None, is_cha
                 raise ApiError(400, f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
             return Guide("grammar", calls_grammar(named))
         case _:
+            _refuse_strict(body.tools if tools else None)
             return guide
+
+
+def _refuse_strict(tools: Sequence[Tool] | None) -> None:
+    for place, tool in enumerate(tools or ()):
+        if tool.function.strict:
+            raise ApiError(
+                400,
+                "a call that the model may make or not is not kept to its schema; leave strict out, or send "
+                '"tool_choice": "required" or one by name',
+                param=f"tools.{place}.function.strict",
+                code="unsupported_value",
+            )
 
 
 def guide_of(body: GenerationRequest, after: str) -> Guide | None:

@@ -488,6 +488,12 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat/completions", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", ""),
     (
         "chat/completions",
+        {"tools": [CLOCK, {"type": "function", "function": {"name": "f", "strict": True}}]},
+        "tools.1.function.strict",
+        "is not kept to its schema",
+    ),
+    (
+        "chat/completions",
         {
             "messages": [
                 {
