@@ -9,6 +9,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatglm3.engines import EngineError, PromptTooLong, RequestError, UnknownAdapter, UnusableAdapter
 from chatglm3.errors import ModelError
@@ -73,6 +74,30 @@ def api_error(error: Exception, prompt_field: str = "messages") -> ApiError:
             return ApiError(503, str(error), code="engine_error", headers={"Retry-After": "1"})
         case _:
             return ApiError(500, "the server failed at this request; its log says why", code="internal_error")
+
+
+class Failures:
+    """ASGI middleware that answers our own mistakes where the answer still goes through what stands around it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on. What fails after its answer has begun is raised, which closes the connection."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            log.exception("%s %s failed", scope["method"], path_of(scope))
+            await _respond(Request(scope), error)(scope, receive, send)
 
 
 def install(api: FastAPI) -> None:

@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from chatglm3.engines import Engine
 from serve_app import playground
 from serve_app.audit import open_audit_log
+from serve_app.errors import Failures
 from serve_app.guard import Guard
 from serve_app.keys import KeyFile, Limits, read_keys
 from serve_app.ledger import Ledger, LocalLedger
@@ -94,6 +95,7 @@ def install(
         max_inflight=args.max_inflight,
         timeout_s=args.request_timeout_s,
     )
+    api.add_middleware(Failures)
     if args.cors_origins:
         api.add_middleware(
             CORSMiddleware,

@@ -452,6 +452,19 @@ def test_an_audit_log_that_was_moved_away_is_begun_again(tmp_path):
         front.check_files(FrontArgs(audit_log="/nowhere/log"))
 
 
+def test_a_mistake_of_our_own_has_a_request_id_and_may_be_read_by_other_sites(tmp_path, caplog):
+    engine = clockwork()
+    engine.context_length = None  # which no arithmetic expects
+    api = served(engine, cors_origins="https://a.example", audit_log=str(tmp_path / "audit"))
+    headers = {"origin": "https://a.example", "X-Request-Id": "abc"}
+    failed = run(api, lambda client: client.post("/v1/chat/completions", json=CHAT, headers=headers))
+    assert code_of(failed) == (500, "internal_error")
+    assert failed.headers["x-request-id"] == "abc"
+    assert failed.headers["access-control-allow-origin"] == "https://a.example"
+    assert json.loads((tmp_path / "audit").read_text())["status"] == 500
+    assert "POST /v1/chat/completions failed" in caplog.text
+
+
 def test_a_request_id_is_taken_over_or_made():
     api = served(clockwork())
     assert get(api, "/healthz", **{"X-Request-Id": "abc-1:2"}).headers["x-request-id"] == "abc-1:2"
