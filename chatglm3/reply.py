@@ -68,6 +68,8 @@ class ReplyStream:
     def __init__(self, tools: Sequence[Any] | None = None) -> None:
         self.tool_calls: list[ToolCall] = []
         """Those that are complete; a call shows only at its end."""
+        self.begun_call = ""
+        """The tool that the message being written names: a call of it, if what follows turns out to be one."""
         self.cut_call = ""
         """The tool of a call that was cut off: it shows with this name, and without arguments."""
         self._tools = tools
@@ -100,6 +102,7 @@ class ReplyStream:
             self._metadata, self._text = (line, rest) if newline else ("", line)
         is_plain = not self._metadata.strip()
         if self._tools and not is_plain:
+            self.begun_call = "" if is_whole else self._metadata.strip()
             if not is_whole:
                 return ""
             if call := _tool_call(self._metadata, self._text):

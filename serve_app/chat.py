@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.engines import Delta, Engine, FinishReason
-from chatglm3.reply import ReplyStream, ToolCall
+from chatglm3.reply import ReplyStream
 from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import chat_schema
@@ -53,7 +53,15 @@ def add_route(
         await take_on(len(asked), len(prompt_ids) + sum(sampling.max_tokens for sampling in asked))
         choices = []
         for index, sampling in enumerate(asked):
-            choice = ChatChoice(index, tokenizer, is_chat, tools, body.stop or (), has_logprobs=bool(body.logprobs))
+            choice = ChatChoice(
+                index,
+                tokenizer,
+                is_chat,
+                tools,
+                body.stop or (),
+                must_call=bool(tools) and body.tool_choice not in (None, "auto"),
+                has_logprobs=bool(body.logprobs),
+            )
             choices.append((choice, engine.generate(prompt_ids, sampling)))
         answer = Answer(ChatCompletion, body.model, len(prompt_ids), choices)
         if body.stream:
@@ -73,9 +81,11 @@ class ChatChoice:
         tools: Sequence[Any] | None,
         stop: Sequence[str],
         *,
-        has_logprobs: bool,
+        must_call: bool = False,
+        has_logprobs: bool = False,
     ) -> None:
-        """`is_chat`: ChatGLM3's metadata comes first, and is taken off. `stop` ends what the client sees."""
+        """`is_chat`: ChatGLM3's metadata comes first, and is taken off. `stop` ends what the client sees. `must_call`:
+        a guide has the reply be a call."""
         self.is_over = False
         self._index = index
         self._tokenizer = tokenizer
@@ -84,6 +94,9 @@ class ChatChoice:
         self._stop = StopTexts(stop)
         self._content = ""
         self._calls: list[AnsweredTool] = []
+        self._begun_call: AnsweredTool | None = None
+        """A call whose name was sent, and whose arguments were not."""
+        self._must_call = must_call
         self._finish_reason: ChatFinish = "stop"
         self._logprobs = ChoiceLogprobs(content=[]) if has_logprobs else None
         self._in_metadata = is_chat
@@ -137,34 +150,43 @@ class ChatChoice:
         return not was_metadata
 
     def _call_parts(self) -> list[Json]:
-        """Calls that have come to their end since the last time: first the name, then the arguments.
+        """Calls since the last time: the name as soon as it is certain, then the arguments.
 
-        One that was cut off has its name alone: arguments are Python until they are complete.
+        Those are Python until they are complete, so that a call that was cut off has its name alone. Where the model
+        need not call, what begins like a call may still turn out to be text.
         """
-        if self._reply is None:
+        if (reply := self._reply) is None:
             return []
-        parts = []
-        new = [_answered(call) for call in self._reply.tool_calls[len(self._calls) :]]
-        if self._reply.cut_call:
-            new.append(_called(self._reply.cut_call, arguments=""))
-        for index, answered in enumerate(new, len(self._calls)):
-            head = answered.model_dump()
-            head["function"]["arguments"] = ""
-            parts.append(self._part({"tool_calls": [{"index": index, **head}]}))
-            if arguments := answered.function.arguments:
-                parts.append(self._part({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}))
-        self._calls += new
+        parts = self._name_parts(reply.begun_call) if self._must_call and reply.begun_call else []
+        for call in reply.tool_calls[len(self._calls) :]:
+            parts += self._name_parts(call["name"])
+            arguments = json.dumps(call["parameters"], ensure_ascii=False)
+            index = len(self._calls)
+            parts.append(self._part({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}))
+            self._end_call(arguments)
+        if reply.cut_call:
+            parts += self._name_parts(reply.cut_call)
+            self._end_call("")
         return parts
+
+    def _name_parts(self, name: str) -> list[Json]:
+        if self._begun_call:
+            return []
+        self._begun_call = _called(name, arguments="")
+        head = {"index": len(self._calls), **self._begun_call.model_dump()}
+        return [self._part({"tool_calls": [head]})]
+
+    def _end_call(self, arguments: str) -> None:
+        assert self._begun_call
+        self._begun_call.function.arguments = arguments
+        self._calls.append(self._begun_call)
+        self._begun_call = None
 
     def _chat_finish(self, finish_reason: FinishReason) -> ChatFinish:
         return "tool_calls" if self._calls and finish_reason == "stop" else finish_reason
 
     def _part(self, delta: Json, **fields: Any) -> Json:
         return {"index": self._index, "delta": delta, "finish_reason": None, **fields}
-
-
-def _answered(call: ToolCall) -> AnsweredTool:
-    return _called(call["name"], json.dumps(call["parameters"], ensure_ascii=False))
 
 
 def _called(name: str, arguments: str) -> AnsweredTool:

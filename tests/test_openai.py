@@ -18,6 +18,7 @@ from chatglm3 import load_model, load_tokenizer, parse_reply, prompt_ids
 from chatglm3.engines import Delta, Sampling, TokenLogprob, complete
 from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.tokenizer import ChatGlmTokenizer
+from serve_app.chat import ChatChoice
 from serve_app.routes import make_api
 from tests.clockwork import Clockwork
 from tests.http_server import served
@@ -326,6 +327,24 @@ def test_every_recorded_reply_is_told_in_openais_shape(shared, tokenizer):
             if "ok" in case and fields.get("tools") and isinstance(case["ok"][0], dict):
                 assert calls == [(case["ok"][0]["name"], case["ok"][0]["parameters"])]
             assert streamed(client, max_tokens=100, **fields) == told(choice)
+
+
+@pytest.mark.parametrize("must_call", [True, False])
+def test_the_name_of_a_call_is_sent_as_soon_as_it_is_certain(tokenizer, must_call):
+    text = "get_weather\n ```python\ntool_call(city='北京', days=3)\n```"
+    choice = ChatChoice(0, tokenizer, True, [WEATHER["function"]], (), must_call=must_call)
+    parts = [choice.push(Delta(character, (5,))) for character in text] + [choice.push(Delta("", (2,), "stop"))]
+    said = [
+        (place, call["function"])
+        for place, its_parts in enumerate(parts)
+        for part in its_parts
+        for call in part["delta"].get("tool_calls", ())
+    ]
+    assert said == [
+        (11 if must_call else len(text), {"name": "get_weather", "arguments": ""}),
+        (len(text), {"arguments": '{"city": "北京", "days": 3}'}),
+    ]
+    assert choice.whole().finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize(("max_tokens", "calls"), [(7, []), (12, [("get_weather", "")]), (50, [("get_weather", "")])])
