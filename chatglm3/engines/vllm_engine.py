@@ -5,13 +5,16 @@ the embedded engine, so that both answer alike. It runs in the event loop that a
 """
 
 import asyncio
+import itertools
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +117,8 @@ class VllmEngine:
         self._tokenizer = load_tokenizer(folder)
         self._guides = GuideCompiler(self._tokenizer)
         self._stats = _Stats()
-        self._loaded: dict[tuple[Path, int], LoRARequest] = {}
+        self._loaded: dict[tuple[Path, int], _Adapter] = {}
+        self._numbers = itertools.count(1)
         self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
         self._pacing = Pacing()
@@ -168,7 +172,8 @@ class VllmEngine:
         self._converted.cleanup()
 
     async def _stream(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        lora = await self._prepared(sampling)
+        adapter = await self._prepared(sampling) or _Adapter(None)
+        adapter.users += 1
         text = TextStream(self._tokenizer, sampling.stop)
         text.push(sampling.drawn)
         try:
@@ -176,7 +181,7 @@ class VllmEngine:
                 tokens_input(prompt_ids),
                 _params(sampling, self._tokenizer.stop_ids),
                 uuid.uuid4().hex,
-                lora_request=lora,
+                lora_request=adapter.request,
             )
             async with aclosing(outputs):  # which aborts the request
                 with self._pacing.stream():
@@ -192,6 +197,8 @@ class VllmEngine:
             raise EngineDied("the engine died") from error
         except EngineGenerateError as error:
             raise EngineError(f"this request failed: {_line(error.__cause__ or error)}") from error
+        finally:
+            adapter.users -= 1
 
     def _watch(self, on_fatal: Callable[[], object] | None) -> None:
         """Tell of the death of vLLM's process, also when nobody asks it anything."""
@@ -225,41 +232,63 @@ class VllmEngine:
     def _lora_arguments(self) -> dict[str, Any]:
         if not self.adapters:
             return {}
-        ranks = [
-            read_json(self.adapters.find(name) / "adapter_config.json").get("r", 8) for name in self.adapters.names()
-        ]
-        rank = next((rank for rank in LORA_RANKS if rank >= max([64, *ranks])), LORA_RANKS[-1])
-        return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 4, "max_cpu_loras": 32}
+        ranks = [_rank(read_json(self.adapters.find(name) / "adapter_config.json")) for name in self.adapters.names()]
+        self._max_rank = next((rank for rank in LORA_RANKS if rank >= max([64, *ranks])), LORA_RANKS[-1])
+        return {"enable_lora": True, "max_lora_rank": self._max_rank, "max_loras": 4, "max_cpu_loras": 32}
 
-    async def _prepared(self, sampling: Sampling) -> LoRARequest | None:
+    async def _prepared(self, sampling: Sampling) -> "_Adapter | None":
         """The adapter, loaded, if the sampling names one; its guide is known to be one that can be followed."""
         if sampling.guide:
             await asyncio.to_thread(self._guides.matcher, sampling.guide)
         if not sampling.adapter:
             return None
         folder = self.adapters.find(sampling.adapter)
-        async with self._loading:  # one at a time: each must have a number of its own
-            return await self._kept((folder, written_at(folder)), sampling.adapter)
+        async with self._loading:
+            version = (folder, written_at(folder))
+            if version not in self._loaded:
+                self._loaded[version] = await self._load(folder, sampling.adapter)
+            await self._drop_older(version)
+            return self._loaded[version]
 
-    async def _kept(self, key: tuple[Path, int], name: str) -> LoRARequest:
-        """What vLLM is told of an adapter; one whose files have changed is another."""
-        if key not in self._loaded:
-            try:
-                native = await asyncio.to_thread(self._native, key[0])
-                request = LoRARequest(name, len(self._loaded) + 1, native)
-                await self._llm.add_lora(request)
-            except Exception as error:
-                raise UnusableAdapter(f"adapter {name!r} cannot be used: {_line(error)}") from error
-            self._loaded[key] = request
-        return self._loaded[key]
+    async def _load(self, folder: Path, name: str) -> "_Adapter":
+        copy = tempfile.mkdtemp(dir=self._converted.name)
+        number = next(self._numbers)
+        # vLLM takes two requests of one name for one adapter, and two versions may answer at the same time.
+        request = LoRARequest(f"{name}-{number}", number, copy)
+        try:
+            await asyncio.to_thread(self._write_native, folder, Path(copy))
+            await self._llm.add_lora(request)
+        except Exception as error:
+            shutil.rmtree(copy)
+            raise UnusableAdapter(f"adapter {name!r} cannot be used: {_line(error)}") from error
+        return _Adapter(request)
 
-    def _native(self, folder: Path) -> str:
+    async def _drop_older(self, version: tuple[Path, int]) -> None:
+        """Forget what the adapter was before its files changed, unless an answer is still written with it."""
+        older = [key for key in self._loaded if key[0] == version[0] and key != version]
+        for key in older:
+            if not self._loaded[key].users and (request := self._loaded.pop(key).request):
+                await self._llm.remove_lora(request.lora_int_id)
+                shutil.rmtree(request.lora_path)
+
+    def _write_native(self, folder: Path, copy: Path) -> None:
         """A copy of an adapter under the native model's names, which old ones do not have."""
         config, tensors = native_adapter(folder, self._config)
-        copy = tempfile.mkdtemp(dir=self._converted.name)
-        config.save_pretrained(copy)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{copy}/adapter_model.safetensors")
-        return copy
+        if (rank := _rank(vars(config))) > self._max_rank:
+            raise ModelError(
+                f"its rank is {rank}, and vLLM was started for {self._max_rank} at most; start the server again, which "
+                f"then finds this adapter"
+            )
+        config.save_pretrained(str(copy))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / "adapter_model.safetensors")
+
+
+@dataclass
+class _Adapter:
+    """An adapter as it was written at one time, and the answers that are being written with it."""
+
+    request: LoRARequest | None
+    users: int = 0
 
 
 class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where types are checked
@@ -320,6 +349,13 @@ def _logprob(token: int, found: dict[int, Any], num_top: int) -> TokenLogprob:
     # vLLM gives the drawn token too where it is not among the most probable ones.
     best = sorted(found.items(), key=lambda item: item[1].rank)[:num_top]
     return TokenLogprob(token, found[token].logprob, tuple((other, value.logprob) for other, value in best))
+
+
+def _rank(config: dict[str, Any]) -> int:
+    """The largest rank of an adapter with this adapter_config.json."""
+    ranks: dict[str, int] = config.get("rank_pattern") or {}
+    rank: int = config.get("r", 8)
+    return max(rank, *ranks.values(), 0)
 
 
 def _line(error: BaseException) -> str:

@@ -215,6 +215,39 @@ def test_an_adapter_answers_as_the_model_merged_with_it(
     assert found != [answer.text for answer in ask(run, vllm, prompts, GREEDY)]
 
 
+def test_an_adapter_that_is_written_again_answers_anew_and_its_older_copy_is_dropped_when_nobody_needs_it(
+    run: Run, folder: Path, prompts: list[list[int]], tmp_path: Path
+):
+    peft_adapter("tiny", tmp_path / "law", seed=1, lora_alpha=64)
+    engine = load_engine("vllm", folder, dtype="float32", max_batch=16, adapters=AdapterFolders(shelf=tmp_path))
+    copies = Path(engine._converted.name)
+    named = Sampling(max_tokens=48, adapter="law")
+
+    async def rewritten_beside_an_answer() -> list[str]:
+        long, texts = replace(named, max_tokens=200, logit_bias=ENDLESS.logit_bias), []
+        async with aclosing(engine.generate(prompts[0], long)) as deltas:
+            texts.append((await anext(deltas)).text)
+            peft_adapter("tiny", tmp_path / "law", seed=2, lora_alpha=64)
+            await complete(engine, prompts[0], named)
+            assert len(list(copies.iterdir())) == 2
+            texts += [delta.text async for delta in deltas]
+        return texts
+
+    try:
+        [alone] = ask(run, engine, prompts[:1], replace(named, max_tokens=200, logit_bias=ENDLESS.logit_bias))
+        [first] = ask(run, engine, prompts[:1], named)
+        assert "".join(run(rewritten_beside_an_answer())) == alone.text
+        [second] = ask(run, engine, prompts[:1], named)
+        assert second != first
+        assert len(list(copies.iterdir())) == 1
+        assert list(run(engine._llm.list_loras())) == [2]
+        peft_adapter("tiny", tmp_path / "wide", seed=3, r=65)
+        with pytest.raises(ModelError, match="its rank is 65, and vLLM was started for 64 at most"):
+            ask(run, engine, prompts[:1], replace(named, adapter="wide"))
+    finally:
+        engine.close()
+
+
 def test_what_cannot_be_done_is_refused_and_the_others_are_answered(
     run: Run, vllm: Engine, prompts: list[list[int]], tokenizer: ChatGlmTokenizer
 ):
