@@ -30,7 +30,7 @@ from serve_app import front
 from serve_app.adapter_args import AdapterCheck, check_adapters
 from serve_app.app_args import AppArgs
 from serve_app.document_reader import document_style
-from serve_app.engine_server import EngineReplica, EngineServer, engine_of_this_replica, join_serve_log
+from serve_app.engine_server import LAST_WORDS_S, EngineReplica, EngineServer, engine_of_this_replica, join_serve_log
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.ray_metrics import RaySink
@@ -145,7 +145,7 @@ class ChatServer(EngineReplica):
         self._ledger = SharedLedger(ledger) if ledger else None
         self._metrics = Metrics(args.name, [RaySink(serve.get_replica_context().replica_tag)])
         _warn_of_open_door(args)
-        engine = RemoteEngine(engines, args) if engines else engine_of_this_replica(args)
+        engine = RemoteEngine(engines, args) if engines else engine_of_this_replica(args, LAST_WORDS_S)
         facts = _facts(args.model)
         check = AdapterCheck(engine.adapters, facts.get("prompt_format", "chat"), document_style(facts, args.model))
         self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens, check)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -21,9 +22,18 @@ Failure = EngineError | RequestError | ModelError
 _FAILURES = (EngineError, RequestError, ModelError)
 
 
-def engine_of_this_replica(args: AppArgs) -> Engine:
-    """The engine that `args` describe; the process ends with it."""
-    # A replica with a dead engine fails fast and so attracts requests until a health check: end it at once.
+LAST_WORDS_S = 0.3
+"""For telling the clients of open streams that the engine has died."""
+
+
+def engine_of_this_replica(args: AppArgs, last_words_s: float = 0.0) -> Engine:
+    """The engine that `args` describe; the process ends with it, `last_words_s` after its requests have failed."""
+
+    def end() -> None:  # called in a thread of the engine's
+        time.sleep(last_words_s)
+        os._exit(1)
+
+    # A replica with a dead engine fails fast and so attracts requests until a health check: end it soon.
     return load_engine(
         args.engine,
         args.model,
@@ -32,7 +42,7 @@ def engine_of_this_replica(args: AppArgs) -> Engine:
         speculate=args.speculate,
         tensor_parallel=args.tensor_parallel,
         adapters=AdapterFolders(args.adapters, args.adapter_dir),
-        on_fatal=lambda: os._exit(1),
+        on_fatal=end,
     )
 
 
