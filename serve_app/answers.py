@@ -4,23 +4,26 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
+from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from chatglm3.engines import Delta, EngineError
 from serve_app.chat_schema import ChatCompletion
 from serve_app.completion_schema import Completion
+from serve_app.disconnect import unless_gone
 from serve_app.errors import api_error
-from serve_app.schema import Usage
+from serve_app.schema import GenerationRequest, Usage
 
 log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=ChatCompletion | Completion)
+Whole = TypeVar("Whole", covariant=True)
 Json = dict[str, Any]
 
 _EVENT = {
@@ -48,13 +51,51 @@ class Choice(Protocol):
         """The choice as one object, when it is over."""
 
 
+class Written(Protocol[Whole]):
+    """An answer on its way, to be read once: whole, or in pieces. Closing the read cancels the generation."""
+
+    id: str
+
+    def whole(self) -> Coroutine[Any, Any, Whole]:
+        """The answer as one object."""
+
+    def messages(self) -> AsyncGenerator[Json, None]:
+        """The answer in pieces; at least one."""
+
+
+async def respond(request: Request, answer: Written[Whole], stream: bool | None) -> Response | Whole:
+    """The answer as its client wants it; a client that goes away cancels it."""
+    if stream:
+        return await unless_gone(request, EventStream.begun(events(answer)))
+    return await unless_gone(request, answer.whole())
+
+
+async def events(answer: Written[Any]) -> AsyncGenerator[str, None]:
+    """The answer as server-sent events.
+
+    A failure before the first one is raised; one on the way becomes an event too, and ends the stream.
+    """
+    messages = answer.messages()
+    message = await anext(messages)
+    try:
+        async with aclosing(messages):
+            yield event(message)
+            async for message in messages:
+                yield event(message)
+    except Exception as error:
+        log.exception("answer %s broke off", answer.id)
+        yield event(api_error(error).body)
+        return
+    yield "data: [DONE]\n\n"
+
+
 class Answer(Generic[Body]):
-    """Choices on their way, to be read once: whole, or as events. Closing the read cancels the generation."""
+    """Choices on their way, as `Written`."""
 
     def __init__(
         self,
         kind: type[Body],
-        model: str,
+        body: GenerationRequest,
         prompt_tokens: int,
         choices: Sequence[tuple[Choice, AsyncGenerator[Delta, None]]],
     ) -> None:
@@ -62,8 +103,9 @@ class Answer(Generic[Body]):
         self._choices = choices
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
-        prefix = "chatcmpl" if kind is ChatCompletion else "cmpl"
-        self._head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._include_usage = body.stream_options is not None and body.stream_options.include_usage
+        self.id = f"{'chatcmpl' if kind is ChatCompletion else 'cmpl'}-{uuid.uuid4().hex}"
+        self._head: Json = {"id": self.id, "created": int(time.time()), "model": body.model}
 
     async def whole(self) -> Body:
         """The answer as one object."""
@@ -72,28 +114,16 @@ class Answer(Generic[Body]):
                 pass
         return self._kind(**self._head, choices=[choice.whole() for choice, _ in self._choices], usage=self._usage())
 
-    async def events(self, include_usage: bool) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events.
-
-        A failure before the first token is raised; one on the way becomes an event too, and ends the stream.
-        """
+    async def messages(self) -> AsyncGenerator[Json, None]:
+        """A choice's part in each, and last the usage, if it is wanted."""
         kind = "chat.completion.chunk" if self._kind is ChatCompletion else "text_completion"
         head = {**self._head, "object": kind}
-        usage = {"usage": None} if include_usage else {}
-        parts = self._parts()
-        part = await anext(parts)
-        try:
-            async with aclosing(parts):
-                yield event({**head, "choices": [part], **usage})
-                async for part in parts:
-                    yield event({**head, "choices": [part], **usage})
-        except Exception as error:
-            log.exception("answer %s broke off", self._head["id"])
-            yield event(api_error(error).body)
-            return
-        if include_usage:
-            yield event({**head, "choices": [], "usage": self._usage().model_dump()})
-        yield "data: [DONE]\n\n"
+        usage = {"usage": None} if self._include_usage else {}
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                yield {**head, "choices": [part], **usage}
+        if self._include_usage:
+            yield {**head, "choices": [], "usage": self._usage().model_dump()}
 
     async def _parts(self) -> AsyncGenerator[Json, None]:
         """Parts of all choices, as they come; a choice opens with its first token."""

@@ -14,16 +14,13 @@ from chatglm3.reply import ReplyStream
 from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import chat_schema
-from serve_app.answers import STREAMS, Answer, EventStream, Json
+from serve_app.answers import STREAMS, Answer, Json, respond
 from serve_app.chat_schema import AnsweredTool, AnswerMessage, ChatCompletion, ChatFinish, ChatRequest, ChoiceLogprobs
-from serve_app.disconnect import unless_gone
 from serve_app.errors import ApiError
 from serve_app.logprobs import content_logprob, token_bytes
 from serve_app.models import Models
 from serve_app.request_record import take_on
-from serve_app.requests import chat_guide, chatglm3_messages, chatglm3_tools, samplings
-
-DEFAULT_MAX_TOKENS = 512
+from serve_app.requests import DEFAULT_MAX_TOKENS, chat_guide, chatglm3_messages, chatglm3_tools, samplings
 
 
 def add_route(
@@ -63,11 +60,8 @@ def add_route(
                 has_logprobs=bool(body.logprobs),
             )
             choices.append((choice, engine.generate(prompt_ids, sampling)))
-        answer = Answer(ChatCompletion, body.model, len(prompt_ids), choices)
-        if body.stream:
-            has_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await unless_gone(request, EventStream.begun(answer.events(has_usage)))
-        return await unless_gone(request, answer.whole())
+        answer = Answer(ChatCompletion, body, len(prompt_ids), choices)
+        return await respond(request, answer, body.stream)
 
 
 class ChatChoice:

@@ -9,15 +9,15 @@ from chatglm3.engines import Delta, Engine, FinishReason, TokenLogprob
 from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer, TextDecoder
 from serve_app import completion_schema
-from serve_app.answers import STREAMS, Answer, EventStream, Json
+from serve_app.answers import STREAMS, Answer, Json, respond
 from serve_app.completion_schema import Completion, CompletionLogprobs, CompletionRequest
-from serve_app.disconnect import unless_gone
 from serve_app.logprobs import text_logprobs, token_text
 from serve_app.models import Models
 from serve_app.request_record import take_on
 from serve_app.requests import guide_of, samplings
 
-DEFAULT_MAX_TOKENS = 16
+OPENAI_MAX_TOKENS = 16
+"""Of this route, unless told otherwise."""
 
 
 def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models: Models) -> None:
@@ -28,7 +28,7 @@ def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models:
         """Go on with a text, or with several."""
         asked = samplings(
             body,
-            max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+            max_tokens=body.max_tokens or OPENAI_MAX_TOKENS,
             logprobs=body.logprobs,
             guide=guide_of(body, ""),
             adapter=models.adapter(body.model),
@@ -42,11 +42,8 @@ def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models:
             for sampling in asked:
                 choice = TextChoice(len(choices), tokenizer, StopTexts(body.stop or ()), body.logprobs is not None)
                 choices.append((choice, engine.generate(ids, sampling)))
-        answer = Answer(Completion, body.model, sum(map(len, prompts)), choices)
-        if body.stream:
-            has_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await unless_gone(request, EventStream.begun(answer.events(has_usage)))
-        return await unless_gone(request, answer.whole())
+        answer = Answer(Completion, body, sum(map(len, prompts)), choices)
+        return await respond(request, answer, body.stream)
 
 
 def prompt_ids(tokenizer: ChatGlmTokenizer, prompt: str | list[int]) -> list[int]:

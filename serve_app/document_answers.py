@@ -1,6 +1,5 @@
 """POST /v1/answer: a question answered from the caller's documents, with the places that the answer rests on."""
 
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -14,17 +13,13 @@ from chatglm3.engines import Delta, Engine, EngineError, FinishReason, Sampling
 from chatglm3.fitting import Part
 from chatglm3.reply import ReplyStream
 from serve_app.answer_schema import AnswerBody, AnswerRequest
-from serve_app.answers import STREAMS, EventStream, event
+from serve_app.answers import STREAMS, Json, respond
 from serve_app.citations import cite, fit_report
-from serve_app.disconnect import unless_gone
 from serve_app.document_reader import Reader
-from serve_app.errors import ApiError, api_error
+from serve_app.errors import ApiError
 from serve_app.request_record import take_on
+from serve_app.requests import DEFAULT_MAX_TOKENS
 from serve_app.schema import Usage
-
-log = logging.getLogger(__name__)
-
-DEFAULT_MAX_TOKENS = 512
 
 
 def add_route(
@@ -63,13 +58,11 @@ def add_route(
         deltas = engine.generate(prompt_ids, sampling)
         reply = ReplyStream() if reader.prompt_format == "chat" else None
         written = _Answer(body, parts, deltas, reply, body.model or model_name, len(prompt_ids), observe)
-        if body.stream:
-            return await unless_gone(request, EventStream.begun(written.events()))
-        return await unless_gone(request, written.whole())
+        return await respond(request, written, body.stream)
 
 
 class _Answer:
-    """One answer on its way, to be read once: whole, or as events. Closing the read cancels the generation."""
+    """One answer on its way, as `Written`."""
 
     def __init__(
         self,
@@ -91,7 +84,8 @@ class _Answer:
         self._finish_reason: FinishReason | None = None
         self._observe = observe
         self._fit = fit_report(body.documents, parts)
-        self._head = {"id": f"answer-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.id = f"answer-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     async def whole(self) -> AnswerBody:
         """The answer as one object."""
@@ -100,26 +94,16 @@ class _Answer:
                 pass
         return await self._body()
 
-    async def events(self) -> AsyncGenerator[str, None]:
-        """The answer as server-sent events: `start`, pieces of `quote` and `answer`, and `done` with the whole.
-
-        A failure before the first piece is raised; one on the way becomes an event too, and ends the stream.
-        """
-        pieces = self._pieces()
-        piece = await anext(pieces, None)
-        try:
-            async with aclosing(pieces):
-                yield event({"type": "start", **self._head, **self._fit.model_dump()})
-                while piece is not None:
-                    yield event({"type": piece.kind, "text": piece.text})
-                    piece = await anext(pieces, None)
-            body = await self._body()
-            yield event({"type": "done", **body.model_dump()})
-        except Exception as error:
-            log.exception("answer %s broke off", self._head["id"])
-            yield event(api_error(error).body)
-            return
-        yield "data: [DONE]\n\n"
+    async def messages(self) -> AsyncGenerator[Json, None]:
+        """`start`, pieces of `quote` and `answer`, and `done` with the whole."""
+        async with aclosing(self._pieces()) as pieces:
+            piece = await anext(pieces, None)  # what fails before it has no start
+            yield {"type": "start", **self._head, **self._fit.model_dump()}
+            while piece is not None:
+                yield {"type": piece.kind, "text": piece.text}
+                piece = await anext(pieces, None)
+        body = await self._body()
+        yield {"type": "done", **body.model_dump()}
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         async with aclosing(self._deltas) as deltas:

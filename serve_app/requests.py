@@ -11,6 +11,8 @@ from serve_app.errors import ApiError
 from serve_app.schema import GenerationRequest, shallow
 
 ROLES = {"tool": "observation", "developer": "system"}
+DEFAULT_MAX_TOKENS = 512
+"""Of an answer in a chat or from documents, where its request says nothing."""
 REPLY_START = "\n"
 """ChatGLM3's metadata line of a reply that calls no tool."""
 
