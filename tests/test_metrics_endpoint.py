@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chatglm3 import load_tokenizer
 from chatglm3.documents import REFUSAL, cited_answer
-from chatglm3.engines import Load
+from chatglm3.engines import AdapterFolders, Load
 from serve_app import front, tracing
 from serve_app.front import FrontArgs
 from serve_app.keys import Limits, add_key
@@ -42,8 +42,9 @@ QUESTION = {"question": "天空？", "documents": ["天空是蓝色的。"]}
 class Service:
     """A guarded API over a stand-in engine, asked without a server."""
 
-    def __init__(self, text: str = "你好", **args: Any) -> None:
+    def __init__(self, text: str = "你好", adapters: AdapterFolders | None = None, **args: Any) -> None:
         self.engine = Clockwork(text)
+        self.engine.adapters = adapters or AdapterFolders()
         self.metrics = Metrics("tiny")
         metered = MeteredEngine(self.engine, self.metrics)
         self.api = make_api(metered, load_tokenizer("tiny"), "tiny", "chat", on_answer=self.metrics.answered)
@@ -79,6 +80,19 @@ def test_tokens_times_and_endings_are_counted():
     assert numbers["e2e_request_latency_seconds_count{model=tiny}"] == 2
     assert numbers["request_success_total{finished_reason=stop,model=tiny}"] == 2
     assert numbers["http_requests_total{method=POST,route=/v1/chat/completions,status=200}"] == 2
+
+
+def test_what_an_adapter_reads_and_writes_is_counted_under_its_name(tmp_path):
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "adapter_config.json").write_text("{}")
+    service = Service(adapters=AdapterFolders(shelf=tmp_path))
+    service.request("POST", "/v1/chat/completions", json=CHAT)
+    for _ in range(2):
+        assert service.request("POST", "/v1/chat/completions", json=CHAT | {"model": "law"}).status_code == 200
+    numbers = service.numbers()
+    assert numbers["generation_tokens_total{model=tiny}"] == 4
+    assert numbers["generation_tokens_total{model=law}"] == 8
+    assert numbers["request_success_total{finished_reason=stop,model=law}"] == 2
 
 
 def test_the_engines_load_is_as_of_the_scrape():

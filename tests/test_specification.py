@@ -13,7 +13,12 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from chatglm3 import load_model, load_tokenizer
 from chatglm3.engines.transformers_engine import TransformersEngine
+from serve_app import front
+from serve_app.front import FrontArgs
+from serve_app.keys import Limits, add_key
+from serve_app.metrics import Metrics
 from serve_app.routes import make_api
+from tests.clockwork import Clockwork
 
 # Refused though the specification allows it: too long a prompt, a model that is not there, a guide that llguidance
 # cannot follow. No specification says which.
@@ -68,6 +73,29 @@ def test_answers_are_what_the_specification_says(specification, engine, route, m
 
     check()
     assert engine.healthy
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_with_a_key_answers_are_as_written_and_without_one_all_but_the_open_paths_are_401(tmp_path, route):
+    key = add_key(tmp_path / "keys", "a", Limits())
+    engine, measured = Clockwork("你好"), Metrics("tiny")
+    api = make_api(engine, load_tokenizer("tiny"), "tiny", "chat")
+    front.install(api, FrontArgs(api_keys=str(tmp_path / "keys"), request_timeout_s=5), engine, measured)
+    with_key = {"Authorization": f"Bearer {key}"}
+    method, path = route.split()
+    operation = schemathesis.openapi.from_asgi("/openapi.json", api, headers=with_key)[path][method]
+
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
+    @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    def check(case: Any) -> None:
+        case.body = answerable(case.body)
+        asked = len(engine.asked)
+        refused = case.call()
+        assert refused.status_code == (200 if path == "/healthz" else 401)
+        assert len(engine.asked) == asked
+        case.call_and_validate(headers=with_key, excluded_checks=EXCLUDED)
+
+    check()
 
 
 def test_every_route_is_asked(specification):
