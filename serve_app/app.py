@@ -1,9 +1,6 @@
 """The Ray Serve application: replicas of a server that each hold one engine."""
 
-import http.client
 import logging
-import socket
-import urllib.request
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client  # the only way to the host that is listened on
 from ray.serve.handle import DeploymentHandle
 
@@ -29,10 +25,11 @@ from cluster.storage import RECEIPT, read_receipt
 from serve_app import front
 from serve_app.adapter_args import AdapterCheck, check_adapters
 from serve_app.app_args import AppArgs
-from serve_app.document_reader import document_style
+from serve_app.document_reader import DocumentStyle, document_style
 from serve_app.engine_server import LAST_WORDS_S, EngineReplica, EngineServer, engine_of_this_replica, join_serve_log
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
+from serve_app.port_check import refuse_taken_port
 from serve_app.ray_metrics import RaySink
 from serve_app.remote_engine import RemoteEngine
 from serve_app.routes import make_api
@@ -47,7 +44,7 @@ def build(args: AppArgs) -> Application:
     Opens the model folder here too, without reading the weights: what is wrong with it is then one line, and not the
     end of a traceback for each replica that tried.
     """
-    _refuse_taken_port()
+    refuse_taken_port()
     try:
         folder = _finished_folder(args.model)
         read_config(folder)
@@ -55,12 +52,9 @@ def build(args: AppArgs) -> Application:
         if args.engine == "vllm":
             native_folder(folder)
         load_tokenizer(folder)
-        facts = _facts(folder)
-        style = document_style(facts, args.model)
+        prompt_format, style = _asked_as(folder, args.model)
         files = front.check_files(args)
-        adapters = check_adapters(
-            args.adapters, args.adapter_dir, facts.get("prompt_format", "chat"), style, args.engine
-        )
+        adapters = check_adapters(args.adapters, args.adapter_dir, prompt_format, style, args.engine)
     except (ModelError, StageError) as error:
         raise click.ClickException(str(error)) from None
     # Replicas run in other working folders, so the path must not be relative.
@@ -96,38 +90,6 @@ def _finished_folder(model: str) -> Path:
     return folder
 
 
-def _refuse_taken_port() -> None:
-    """Raise ClickException when the `serve run IMPORT_PATH` that this is part of will not get its port.
-
-    `serve run` with a config file calls `build` on the cluster, after Serve has opened the port or failed to.
-    """
-    command = click.get_current_context(silent=True)
-    if command is None or command.info_name != "run" or str(command.params.get("address")).startswith("ray://"):
-        return
-    options = HTTPOptions()
-    with socket.socket() as probe:
-        for shared in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # as Serve's proxy does
-            probe.setsockopt(socket.SOL_SOCKET, shared, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            if not _is_serve(f"http://{options.host}:{options.port}"):
-                raise click.ClickException(
-                    f"port {options.port} of {options.host} cannot be opened ({error.strerror}); end the program that "
-                    f"has it, or choose another port in serve_app/serve.yaml and: serve run serve_app/serve.yaml"
-                ) from None
-
-
-def _is_serve(url: str) -> bool:
-    """Whether Ray Serve answers there: on a cluster where it runs already, `serve run` deploys to it."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(f"{url}/-/healthz", timeout=5) as answer:
-            return bool(answer.read(100) == b"success")
-    except (OSError, http.client.HTTPException):
-        return False
-
-
 @serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)
 @serve.ingress()
 class ChatServer(EngineReplica):
@@ -146,20 +108,18 @@ class ChatServer(EngineReplica):
         self._metrics = Metrics(args.name, [RaySink(serve.get_replica_context().replica_tag)])
         _warn_of_open_door(args)
         engine = RemoteEngine(engines, args) if engines else engine_of_this_replica(args, LAST_WORDS_S)
-        facts = _facts(args.model)
-        check = AdapterCheck(engine.adapters, facts.get("prompt_format", "chat"), document_style(facts, args.model))
+        self._prompt_format, self._style = _asked_as(args.model, args.model)
+        check = AdapterCheck(engine.adapters, self._prompt_format, self._style)
         self._engine = MeteredEngine(engine, self._metrics, args.max_prompt_tokens, check)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        args, facts = self._args, _facts(self._args.model)
-        # A folder that no stage of ours wrote is asked as a chat.
-        prompt_format: PromptFormat = facts.get("prompt_format", "chat")
+        args = self._args
         api = make_api(
             self._engine,
             load_tokenizer(args.model),
             args.name,
-            prompt_format,
-            document_style(facts, args.model),
+            self._prompt_format,
+            self._style,
             max_body_bytes=args.max_body_bytes,
             max_prompt_tokens=args.max_prompt_tokens,
             on_answer=self._metrics.answered,
@@ -187,7 +147,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _facts(folder: str | Path) -> dict[str, Any]:
-    """What its stage says of the model in `folder`: how it was taught to be asked, among other things."""
+def _asked_as(folder: str | Path, name: str) -> tuple[PromptFormat, DocumentStyle]:
+    """How the model in `folder` was taught to be asked, and to read documents.
+
+    ModelError, which calls it `name`, if no prompt of this version is the one that it was taught.
+    """
     receipt = read_receipt(folder)
-    return receipt.facts if receipt else {}
+    # A folder that no stage of ours wrote is asked as a chat.
+    facts = receipt.facts if receipt else {}
+    return facts.get("prompt_format", "chat"), document_style(facts, name)
