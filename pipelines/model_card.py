@@ -73,8 +73,7 @@ language: [zh, en]
 
 _BITSANDBYTES = """\
 `AutoModelForCausalLM.from_pretrained` (with the `bitsandbytes` package) and `AutoTokenizer.from_pretrained` load this
-folder without other code. vLLM 0.32 alone refuses it (tried on a CPU): bitsandbytes is a plugin's there, which was not
-tried. bf16, fp8 and w4a16 are for vLLM."""
+folder without other code, and so does vLLM with the package `vllm-bnb-plugin`; fp8 and w4a16 are faster there."""
 _COMPRESSED = """\
 vLLM loads this folder without other code, and so do `AutoModelForCausalLM.from_pretrained` (with the
 `compressed-tensors` package) and `AutoTokenizer.from_pretrained`."""

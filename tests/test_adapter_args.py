@@ -1,5 +1,6 @@
 """Adapters that a server is started with or finds later: what is wrong with one is said before it answers."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,18 @@ def test_dora_is_not_for_vllm(tmp_path, tiny, monkeypatch):
     assert choose_engine(model) == ("vllm", "the fastest on a GPU")
     chosen = choose_engine(model, AdapterFolders(shelf=tmp_path / "shelf"))
     assert chosen == ("transformers", "as adapter fine is DoRA, which vLLM refuses")
+
+
+def test_auto_leaves_bitsandbytes_formats_to_vllm_only_with_its_plugin(tmp_path, tiny, monkeypatch):
+    model = write_endless_model(tiny, tmp_path / "model")
+    (model / "tokenizer.json").touch()
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    installed = {"vllm": object()}
+    monkeypatch.setattr("chatglm3.engines.choice.find_spec", installed.get)
+    alone = ("transformers", "as vLLM needs the package vllm-bnb-plugin for bitsandbytes formats")
+    assert choose_engine(model) == alone
+    installed["vllm_bnb_plugin"] = object()
+    assert choose_engine(model) == ("vllm", "the fastest on a GPU")

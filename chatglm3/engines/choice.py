@@ -21,8 +21,8 @@ def choose_engine(folder: str | Path, adapters: AdapterFolders | None = None) ->
     except ModelError as error:
         return "transformers", str(error)
     method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
-    if method == "bitsandbytes":
-        return "transformers", "as bitsandbytes formats are not for vLLM; merge --format fp8 or w4a16 are"
+    if method == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
+        return "transformers", "as vLLM needs the package vllm-bnb-plugin for bitsandbytes formats"
     if dora := adapters.with_dora() if adapters else []:
         return "transformers", f"as adapter {dora[0]} is DoRA, which vLLM refuses"
     return "vllm", "the fastest on a GPU"

@@ -1,20 +1,20 @@
-"""What merge writes of a tuned model, in vLLM on CPU: the embedded engine's answers, in each format that vLLM has."""
+"""What merge writes of a tuned model, in vLLM on CPU: the embedded engine's answers, in each format."""
 
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from chatglm3.engines import EngineName, Sampling, load_engine
-from chatglm3.errors import ModelError
 from chatglm3.tokenizer import load_tokenizer
 from cluster import storage
 from pipelines.answering import ask_all
 from pipelines.merging import MergeConfig, merge
 from pipelines.metrics import summarize
 from pipelines.questions import read_questions, score_answer
+from pipelines.weight_formats import WeightFormat
 from tests.merge_inputs import demo_rows, trained_tiny
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
@@ -51,7 +51,7 @@ def answers(name: EngineName, folder: str, data: str) -> list[str]:
     return asyncio.run(asked())
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "fp8", "w4a16"])
+@pytest.mark.parametrize("weight_format", get_args(WeightFormat))
 def test_vllm_answers_from_a_format_as_the_embedded_engine_does_and_as_merge_measured(
     weight_format: Any, tuned: str, data: str, tmp_path: Path
 ) -> None:
@@ -64,10 +64,3 @@ def test_vllm_answers_from_a_format_as_the_embedded_engine_does_and_as_merge_mea
     measured = storage.open_folder(out).receipt.counts
     assert measured["questions"] == ROWS
     assert abs(summarize(points)["exact_match"].value - measured["exact_match"]) <= 1.001 / ROWS
-
-
-@pytest.mark.parametrize("weight_format", ["nf4", "int8"])
-def test_vllm_alone_refuses_the_formats_of_bitsandbytes_as_the_card_says(weight_format: Any, tmp_path: Path) -> None:
-    out = merge(MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model")))
-    with pytest.raises(ModelError, match="Unknown quantization method: bitsandbytes"):
-        load_engine("vllm", out)
