@@ -281,11 +281,20 @@ def _tell(counts: dict[str, Any], steps: int, per_step: int, memory: Memory, wor
         f"train: {counts['examples']:,} examples, {counts['tokens']:,} tokens in {counts['blocks']:,} blocks "
         f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {workers} workers"
     )
-    if per_step < workers:
-        print(
-            f"train: a step has {per_step} blocks, so {workers - per_step} of {workers} workers will be "
-            f"idle; raise --batch_size or lower --block_tokens"
-        )
+    if waiting := who_waits(counts["blocks"], counts["examples"], per_step, workers):
+        print(f"train: {waiting}", file=sys.stderr)
+
+
+def who_waits(blocks: int, examples: int, per_step: int, workers: int) -> str:
+    """How many workers wait in each step for others with one block more, and what would help; "" if none does."""
+    per_step = min(per_step, blocks)
+    rounds, waiting = -(-per_step // workers), -per_step % workers
+    if not waiting:
+        return ""
+    even = workers * min(max(1, round(per_step / workers)), blocks // workers)
+    remedy = f"--batch_size {round(even * examples / blocks)} makes it {even}" if even else f"--workers {blocks} do"
+    share = {1: "all", 2: "half"}.get(rounds, f"1/{rounds}")
+    return f"{per_step} blocks a step on {workers} workers: {waiting} wait for {share} of each step; {remedy}"
 
 
 _PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}

@@ -150,6 +150,8 @@ def test_training_workers_find_room_on_the_pods(name, tmp_path):
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
     if config.use_gpu:
         assert config.workers == group["replicas"] * int(limits["nvidia.com/gpu"])
+        # None has nothing to do: the rows of docs/kubernetes.md, of 2,000 tokens, in the largest blocks.
+        assert config.batch_size // (16384 // 2000) % config.workers == 0
     # With all CPUs taken by training workers Ray Data would wait for ever.
     assert config.workers + 1 <= group["replicas"] * int(limits["cpu"])
 

@@ -20,7 +20,7 @@ from pipelines.checkpoint_store import COPY, LIST, CheckpointStore
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
 from pipelines.progress import MetricsLog, read_metrics
-from pipelines.training import TrainConfig, _publish, train
+from pipelines.training import TrainConfig, _publish, train, who_waits
 from pipelines.training_run import _tell_where_it_begins
 from tests.training_runs import (
     SETTINGS,
@@ -273,6 +273,23 @@ def test_what_keeps_a_finished_run_from_being_written_is_told_in_one_line(tmp_pa
         StageError, match=r"^--out \S+ cannot be written: \[Errno 2\] No such file [^(]*; mend that, and"
     ):
         _publish(config, adapter, tmp_path, receipt, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "per_step", "workers", "said"),
+    [
+        (1250, 9, 8, "9 blocks a step on 8 workers: 7 wait for half of each step; --batch_size 64 makes it 8"),
+        (1250, 4, 8, "4 blocks a step on 8 workers: 4 wait for all of each step; --batch_size 64 makes it 8"),
+        (1250, 14, 4, "14 blocks a step on 4 workers: 2 wait for 1/4 of each step; --batch_size 128 makes it 16"),
+        (5, 32, 8, "5 blocks a step on 8 workers: 3 wait for all of each step; --workers 5 do"),
+        (1250, 16, 8, ""),
+        (1250, 3, 1, ""),
+    ],
+)
+def test_workers_that_would_wait_in_each_step_are_told_of_with_the_batch_size_that_fits(
+    blocks: int, per_step: int, workers: int, said: str
+) -> None:
+    assert who_waits(blocks, 8 * blocks, per_step, workers) == said
 
 
 def test_a_list_may_be_given_as_one_word_and_fewest_workers_are_not_more_than_all() -> None:
