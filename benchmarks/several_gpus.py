@@ -1,7 +1,7 @@
 """How training and serving grow with the number of GPUs: a worker, or a replica, on each.
 
     python -m benchmarks.several_gpus train --base /models/chatglm3-6b --data out/data
-    python -m benchmarks.several_gpus train --count 1 2 --strategies ddp zero3 --formats fp8
+    python -m benchmarks.several_gpus train --count 1 2 --strategies ddp zero3 --formats nf4
     python -m benchmarks.several_gpus serve --model /models/fp8
     python -m benchmarks.several_gpus serve --model /models/fp8 --count 1 --tensor_parallel 2
 

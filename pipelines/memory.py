@@ -91,7 +91,8 @@ def needed_gb(model: GlmConfig, config: "TrainConfig", tokens: int, recompute: b
     layers = model.num_hidden_layers
     # Recomputing keeps each layer's input, and all of the layer that is at work.
     numbers = layers * bytes_each * model.hidden_size + kept if recompute else layers * kept
-    # Workers that share the base out hold a part each, and the whole of the layer that is at work.
+    # Workers that share the base out hold a part each, and the whole of the layer that is at work. fp8 is not shared
+    # out: its layers hold buffers, and DeepSpeed takes parameters. `train` refuses the two together.
     workers = (config.min_workers or config.workers) if config.strategy == "zero3" else 1
     fixed = base_bytes(model, config.base_format, workers) + 16 * _adapter_weights(model, config)
     return (fixed + tokens * numbers) / 1e9 + CHUNK_GB

@@ -123,7 +123,8 @@ class TrainConfig(Config):
     """Answer ids that are kept (bare format only)."""
     strategy: Annotated[Strategy, BESIDE_THE_CURVE] = "ddp"
     """ddp: every worker holds the whole base, right while one GPU has room for it (ChatGLM3-6B in NF4: 4 GB); zero2:
-    DeepSpeed shards gradients and optimizer; zero3: the base too, at a gather for each layer. The curve is the same."""
+    DeepSpeed shards gradients and optimizer; zero3: the base too (not fp8), at a gather for each layer. The curve is
+    the same."""
     workers: Annotated[int, BESIDE_THE_CURVE] = Field(1, ge=1)
     """Worker processes. The loss curve does not depend on it."""
     min_workers: Annotated[int | None, BESIDE_THE_CURVE] = Field(None, ge=1)
@@ -218,6 +219,10 @@ def _inputs(config: TrainConfig) -> tuple[storage.Folder, ModelFolder]:
     if config.lora.dora and config.strategy == "zero3":
         raise StageError(
             "--lora.dora true: with --strategy zero3 no worker has a row's whole length; give zero2 or ddp"
+        )
+    if config.base_format == "fp8" and config.strategy == "zero3":
+        raise StageError(
+            "--base_format fp8: --strategy zero3 would leave it whole on every worker; give ddp, or --base_format nf4"
         )
     require(config.trackers)
     if data.receipt.facts.get("tokenizer", base.tokenizer) != base.tokenizer:

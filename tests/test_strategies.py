@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,16 @@ def test_a_four_bit_layer_lets_its_gathered_weight_go_between_the_passes(tiny: P
     assert torch.equal(found, expected)
 
 
-def test_dora_is_refused_where_weights_are_in_pieces(rows: str, tmp_path: Path) -> None:
-    settings = {"data": rows, "out": str(tmp_path / "a"), "strategy": "zero3", "lora": {"dora": True}}
-    with pytest.raises(StageError, match=r"--lora.dora true: with --strategy zero3"):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"lora": {"dora": True}}, r"^--lora.dora true: with --strategy zero3 no worker has .*; give zero2 or ddp$"),
+        ({"base_format": "fp8"}, r"^--base_format fp8: --strategy zero3 would leave it whole .*; give ddp, or --base_"),
+    ],
+)
+def test_what_cannot_be_in_pieces_is_refused_with_zero3(
+    rows: str, tmp_path: Path, setting: dict[str, Any], said: str
+) -> None:
+    settings = {"data": rows, "out": str(tmp_path / "a"), "strategy": "zero3"} | setting
+    with pytest.raises(StageError, match=said):
         train(TrainConfig.parse(settings, "flags"))
