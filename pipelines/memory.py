@@ -87,7 +87,8 @@ def needed_gb(model: GlmConfig, config: "TrainConfig", tokens: int, recompute: b
     Within a twentieth of what one H100 showed for ChatGLM3-6B (tests/test_memory.py).
     """
     bytes_each = 4 if config.base_format == "fp32" else 2
-    kept = bytes_each * _kept_numbers(model, config)
+    eager = config.strategy == "zero3"  # its layers are not compiled: see Training
+    kept = _kept_eagerly(model, config, bytes_each) if eager else bytes_each * _kept_numbers(model, config)
     layers = model.num_hidden_layers
     # Recomputing keeps each layer's input, and all of the layer that is at work.
     numbers = layers * bytes_each * model.hidden_size + kept if recompute else layers * kept
@@ -138,3 +139,22 @@ def _kept_numbers(model: GlmConfig, config: "TrainConfig") -> int:
     if config.lora.dora:  # what each frozen layer makes, which its row lengths are learned from
         kept += sum(shapes[name][0] for name in config.lora.targets)
     return kept
+
+
+def _kept_eagerly(model: GlmConfig, config: "TrainConfig", bytes_each: int) -> int:
+    """Bytes a token that one layer keeps where it is not compiled: what autograd saves, and the attention's kernel.
+
+    tests/test_memory.py counts them through torch.autograd.graph.saved_tensors_hooks, each storage once.
+    """
+    h, f, shapes = model.hidden_size, model.intermediate_size, linear_shapes(model)
+    targets = config.lora.targets
+    in_fp32 = 2 * (h + 1) + model.num_attention_heads  # of both norms, and the attention's sums
+    queries, keys = shapes["q_proj"][0], shapes["k_proj"][0]
+    numbers = 2 * (queries + keys) + 3 * f + model.head_dim + config.lora.rank * len(targets)
+    # Dropout leaves each adapter a copy of its input, and a mask of bytes.
+    copied = sum(shapes[name][1] for name in targets) if config.lora.dropout else 0
+    # Others keep the input itself, and so does DeepSpeed's product with a frozen weight, which 4-bit layers go without.
+    whole = set(shapes) if config.base_format != "nf4" else set() if copied else set(targets)
+    numbers += h * bool(whole & {"q_proj", "k_proj", "v_proj"}) + h * ("gate_up_proj" in whole)
+    numbers += f * ("down_proj" in whole)
+    return 4 * in_fp32 + bytes_each * (numbers + copied) + copied
