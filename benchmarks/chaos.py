@@ -16,7 +16,6 @@ and `store-cut` need $MOTO_SERVER, the path of `moto_server` in an environment o
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -46,6 +45,7 @@ from benchmarks.fault_places import (
     two_hosts,
 )
 from chatglm3.tiny.knowledge import write_shards
+from pipelines.progress import read_metrics
 
 STEPS, STRIKE_AT = 16, 7
 SETTINGS: dict[str, Any] = {
@@ -106,7 +106,8 @@ class Run:
     def step(self) -> tuple[int, int]:
         """The last step in metrics.jsonl, and the file's inode: it is another one after a restart."""
         for file in Path(f"{self.out}.run").glob("run-*/metrics.jsonl"):
-            return file.read_text().count("\n"), file.stat().st_ino
+            rows = read_metrics(file)
+            return rows[-1]["step"] if rows else 0, file.stat().st_ino
         return 0, 0
 
     def wait(self, step: int, other_than: int = 0) -> tuple[int, int]:
@@ -288,8 +289,7 @@ def _wait_for_end(run: Run) -> None:
 
 def curve(adapter: Path) -> list[tuple[int, float]]:
     """(step, loss) of a finished run."""
-    rows = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
+    return [(row["step"], row["loss"]) for row in read_metrics(adapter / "metrics.jsonl")]
 
 
 def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
@@ -419,7 +419,8 @@ def undisturbed_curve(data: str, folder: Path) -> list[float]:
     run = Run(data, folder / "undisturbed" / "adapter", {"workers": 1})
     run.start()
     assert run.process
-    assert run.process.wait(timeout=LIMIT_S) == 0, run.process.stderr
+    assert run.process.stderr
+    assert run.process.wait(timeout=LIMIT_S) == 0, run.process.stderr.read()
     return [loss for _, loss in curve(run.out)]
 
 

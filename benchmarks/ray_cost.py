@@ -39,7 +39,7 @@ def train_bare(data: str, folder: Path, steps: int) -> Path:
     plan = make_plan(config, open_model("tiny", "--base"), storage.open_folder(data, "prepare"), folder / "run", 0)
     training = Training(plan, 0, 1, torch.device("cpu"))
     log = MetricsLog(folder / "run")
-    log.begin(0)
+    log.begin(0, workers=1)
     while not training.done:
         log.write(training.advance())
     return folder / "run"

@@ -12,6 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
+FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 20  # without a terminal, a bar becomes lines
 DEV_METRICS = {"dev_loss": "dev", "dev_exact_match": "exact match", "dev_f1": "F1"}
 BESIDE_STEPS = ("evaluating_seconds", "answering_seconds", "saving_seconds", "starting_seconds", "lost_seconds")
@@ -32,24 +33,26 @@ class MetricsLog:
         self._folder, self._rewritten = folder, folder / f"metrics.{uuid.uuid4().hex}.partial"
         self._rewritten.touch()
 
-    def begin(self, step: int) -> float:
-        """Go on behind `step`; the workers' seconds that later steps had taken, which are computed again.
+    def begin(self, step: int, workers: int) -> None:
+        """Go on behind `step`. What later steps had taken, which are computed again, is counted as lost to the next.
 
         FileNotFoundError if another worker has come since.
         """
-        path = self._folder / "metrics.jsonl"
+        path = self._folder / FILE
         # Steps after the checkpoint are computed again: the curve must hold each step once.
-        rows = read_metrics(path)
+        rows = _rows(path)
         kept = [row for row in rows if row["step"] <= step]
+        lost = sum(held_seconds(row) * row["workers"] for row in rows if row["step"] > step)
+        if lost:
+            kept.append({"step": step + 1, "workers": workers, "lost_seconds": lost / workers})
         self._file = self._rewritten.open("r+", encoding="utf-8", buffering=1)  # makes no file where there is none
         self._file.writelines(json.dumps(row) + "\n" for row in kept)
         self._file.flush()
         self._rewritten.replace(path)  # a worker killed in between must not leave a curve that has lost its beginning
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
-        return sum(held_seconds(row) * row["workers"] for row in rows if row["step"] > step)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Record one step."""
+        """Record one step, or more of it: lines of the same step are one row to those who read."""
         self._file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             if name != "step":
@@ -58,16 +61,24 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file, of which a killed worker may have left half a line."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """The steps of a metrics file that are done, a row for each."""
+    return [row for row in _rows(path) if "loss" in row]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """What is known of each step. A killed worker may have left half a line."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("}\n"):
+            more = json.loads(line)
+            row = rows.setdefault(more["step"], {})
+            row |= more | {name: row[name] + more[name] for name in BESIDE_STEPS if name in row and name in more}
+    return list(rows.values())
 
 
 def held_seconds(row: dict[str, Any]) -> float:
     """How long a row's step held its workers, with all that was done beside it."""
-    return float(row["seconds"] + sum(row.get(name, 0) for name in BESIDE_STEPS))
+    return float(row.get("seconds", 0) + sum(row.get(name, 0) for name in BESIDE_STEPS))
 
 
 def mean_utilisation(rows: list[dict[str, Any]]) -> float | None:

@@ -78,9 +78,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
         training = Training(plan, rank, world, get_device(), Path(folder) if folder else None)
-    once: dict[str, float] = {}
     if log:
-        once = {"lost_seconds": log.begin(training.step) / world, "starting_seconds": time.monotonic() - started}
+        log.begin(training.step, world)
+    once = {"starting_seconds": time.monotonic() - started}
     saver, warned = Saver(training), False
     while not training.done:
         metrics = training.advance() | once

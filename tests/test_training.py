@@ -14,6 +14,7 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from benchmarks.chaos import curve
 from cluster import session, storage
 from cluster.errors import StageError
 from pipelines.checkpoint_store import COPY, LIST, CheckpointStore
@@ -26,7 +27,6 @@ from tests.training_runs import (
     SETTINGS,
     assert_same_curve,
     checkpoint_lists,
-    curve,
     kill_a_worker_after_step,
     scores,
     steps_of,
@@ -57,7 +57,7 @@ def test_the_adapter_folder_is_plain_peft_with_a_picture_and_what_the_next_stage
         for name, tensor in load_file(f"{undisturbed}/adapter_model.safetensors").items()
         if "lora_B" in name
     )
-    losses = [loss for _, loss in curve(undisturbed)]
+    losses = [loss for _, loss in curve(Path(undisturbed))]
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
@@ -162,15 +162,21 @@ def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"ste')
     command = "import os, pathlib, sys; from pipelines.progress import MetricsLog; "
     command += (
-        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1])).begin(1)"
+        "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1])).begin(1, 3)"
     )
     killed = subprocess.run([sys.executable, "-c", command, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    log = MetricsLog(tmp_path)
-    assert log.begin(1) == 3 * 2.5  # what three workers did for the step that is computed again
-    log.write({"step": 2, "loss": 1.5})
-    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 1.5]
+    for _ in range(2):  # the second one comes before the step has been computed again
+        log = MetricsLog(tmp_path)
+        log.begin(1, workers=2)
+        assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0]
+    log.write({"step": 2, "loss": 1.5, "seconds": 2.0, "workers": 2})
+    log.write({"step": 2, "dev_loss": 1.0})
+    kept, again = read_metrics(tmp_path / "metrics.jsonl")
+    assert kept == rows[0]
+    lost = 3 * 2.5 / 2  # what three workers did for the step that is computed again, and two stand for now
+    assert again == {"step": 2, "loss": 1.5, "seconds": 2.0, "workers": 2, "lost_seconds": lost, "dev_loss": 1.0}
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
@@ -178,16 +184,16 @@ def test_of_two_workers_that_write_the_same_run_the_one_that_came_last_has_it(tm
     """A node that is cut off goes on computing where nothing of the others is needed."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     computing, loading = MetricsLog(tmp_path), MetricsLog(tmp_path / "other")
-    computing.begin(1)
+    computing.begin(1, 1)
     last = MetricsLog(tmp_path)
     computing.write({"step": 2, "loss": 9.0, "seconds": 1.0, "workers": 1})  # still in its place
-    last.begin(1)
+    last.begin(1, 1)
     computing.write({"step": 3, "loss": 9.0})
     last.write({"step": 2, "loss": 2.0})
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 2.0]
-    MetricsLog(tmp_path / "other").begin(1)
+    MetricsLog(tmp_path / "other").begin(1, 1)
     with pytest.raises(FileNotFoundError):
-        loading.begin(1)
+        loading.begin(1, 1)
 
 
 def test_the_adapter_of_the_lowest_dev_loss_is_kept_if_asked_for_and_the_last_one_is_there_without_training(

@@ -1,6 +1,5 @@
 """Training runs that tests compare: on the tiny model, 12 steps, on CPU; and how to kill one in the middle."""
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -10,31 +9,29 @@ import psutil
 import pytest
 
 from benchmarks import chaos
+from benchmarks.chaos import curve
+from pipelines.progress import read_metrics
 
 STEPS = 12
 SETTINGS: dict[str, Any] = chaos.SETTINGS | {"max_steps": STEPS}
 
 
-def curve(adapter: str | Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
-
-
 def assert_same_curve(adapter: str | Path, expected: str | Path) -> None:
     """Every step once, with the losses of an undisturbed run."""
-    assert [step for step, _ in curve(adapter)] == list(range(1, STEPS + 1))
-    assert [loss for _, loss in curve(adapter)] == pytest.approx([loss for _, loss in curve(expected)], rel=1e-3)
+    assert [step for step, _ in curve(Path(adapter))] == list(range(1, STEPS + 1))
+    losses, others = ([loss for _, loss in curve(Path(folder))] for folder in (adapter, expected))
+    assert losses == pytest.approx(others, rel=1e-3)
 
 
 def scores(adapter: str | Path) -> list[tuple[float, float]]:
     """Exact match and F1 of each evaluation."""
-    rows = [json.loads(line) for line in Path(adapter, "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(Path(adapter, "metrics.jsonl"))
     return [(row["dev_exact_match"], row["dev_f1"]) for row in rows if "dev_loss" in row]
 
 
-def steps_of(run: Path) -> list[str]:
-    """The lines of a run's metrics so far."""
-    return [line for file in run.glob("run-*/metrics.jsonl") for line in file.read_text().splitlines()]
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics so far."""
+    return [row for file in run.glob("run-*/metrics.jsonl") for row in read_metrics(file)]
 
 
 def checkpoint_lists(run: Path) -> list[Path]:
