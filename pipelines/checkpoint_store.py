@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
 
 from pyarrow.fs import FileSystem
 
@@ -52,6 +53,17 @@ class CheckpointStore:
             self._write(LIST, kept)
             print(f"train: {self.folder}/{LIST} was torn; {COPY} beside it has what it said before")
         return _newest_step(kept)
+
+    def keep(self, file: Path) -> None:
+        """Have a copy of one of the run's files, for `fetch`."""
+        if self._read(file.name) != file.read_bytes():
+            self._write(file.name, file.read_bytes())
+
+    def fetch(self, file: Path) -> None:
+        """Bring a file back if it is lost."""
+        if not file.exists() and (kept := self._read(file.name)) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(kept)
 
     def _read(self, name: str) -> bytes | None:
         with suppress(FileNotFoundError), self._files.open_input_stream(f"{self.folder}/{name}") as file:

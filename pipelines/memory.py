@@ -15,6 +15,7 @@ from pipelines.step import BaseFormat
 if TYPE_CHECKING:
     from pipelines.training import TrainConfig
 
+CHOICE = "memory.json"
 ON_CPU = 4096
 SIZES = [16384, 8192, 4096]
 RESERVE = 0.92  # of the free memory: the rest goes to the allocator's gaps and to kernels' own buffers

@@ -1,6 +1,7 @@
 """Training to look at: metrics.jsonl and TensorBoard from the worker, a bar at the driver."""
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -33,15 +34,17 @@ class MetricsLog:
         self._folder, self._rewritten = folder, folder / f"metrics.{uuid.uuid4().hex}.partial"
         self._rewritten.touch()
 
-    def begin(self, step: int, workers: int) -> None:
+    def begin(self, step: int, workers: int, checkpoint: Path | None = None) -> None:
         """Go on behind `step`. What later steps had taken, which are computed again, is counted as lost to the next.
 
-        FileNotFoundError if another worker has come since.
+        Steps that are not here are in `checkpoint`, by `copy_to`. FileNotFoundError if another worker has come since.
         """
         path = self._folder / FILE
         # Steps after the checkpoint are computed again: the curve must hold each step once.
-        rows = _rows(path)
-        kept = [row for row in rows if row["step"] <= step]
+        rows, saved = _rows(path), _rows(checkpoint / FILE) if checkpoint else []
+        here = {row["step"] for row in rows}
+        missing = [row for row in saved if row["step"] not in here]
+        kept = sorted(missing + [row for row in rows if row["step"] <= step], key=lambda row: row["step"])
         lost = sum(held_seconds(row) * row["workers"] for row in rows if row["step"] > step)
         if lost:
             kept.append({"step": step + 1, "workers": workers, "lost_seconds": lost / workers})
@@ -50,10 +53,19 @@ class MetricsLog:
         self._file.flush()
         self._rewritten.replace(path)  # a worker killed in between must not leave a curve that has lost its beginning
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        for row in missing:
+            self._draw(row)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step, or more of it: lines of the same step are one row to those who read."""
         self._file.write(json.dumps(metrics) + "\n")
+        self._draw(metrics)
+
+    def copy_to(self, checkpoint: Path) -> None:
+        """Let the curve so far go where a checkpoint goes: the run's own folder may be lost."""
+        shutil.copyfile(self._folder / FILE, checkpoint / FILE)
+
+    def _draw(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             if name != "step":
                 self._board.add_scalar(name, value, metrics["step"])
@@ -122,9 +134,10 @@ class LossBoard:
                 rows = read_metrics(self._path)
                 if not rows:
                     continue
-                progress.update(task, completed=len(rows), description=describe(rows, self._steps))
+                done, line = rows[-1]["step"], describe(rows, self._steps)
+                progress.update(task, completed=done, description=line)
                 if not terminal and (stopping or time.monotonic() - last_line > SECONDS_BETWEEN_LINES):
-                    print(f"train: step {len(rows)}/{self._steps} {describe(rows, self._steps)}", flush=True)
+                    print(f"train: step {done}/{self._steps} {line}", flush=True)
                     last_line = time.monotonic()
 
 
@@ -135,7 +148,7 @@ def describe(rows: list[dict[str, Any]], steps: int) -> str:
     last = {name: row[name] for row in rows for name in DEV_METRICS if name in row}
     dev = "".join(f" {DEV_METRICS[name]} {value:.3f}" for name, value in last.items())
     between = sum(row.get(name, 0) for row in rows for name in BESIDE_STEPS[:3]) / len(rows)
-    left = timedelta(seconds=round((steps - len(rows)) * (seconds / len(recent) + between)))
+    left = timedelta(seconds=round((steps - rows[-1]["step"]) * (seconds / len(recent) + between)))
     waiting = sum(row["waiting_seconds"] for row in recent) / seconds
     utilisation = f"{used:.0%} of the bf16 roof, " if (used := mean_utilisation(recent)) is not None else ""
     return (

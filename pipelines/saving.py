@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import ray.train
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
+from pipelines.progress import MetricsLog
 from pipelines.strategies import any_worker
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ class Saver:
         self._written = True
         return {"saving_seconds": time.monotonic() - started}
 
-    def report(self, metrics: dict[str, float]) -> None:
-        """Hand over what `save` wrote, if it did."""
+    def report(self, metrics: dict[str, float], log: MetricsLog | None) -> None:
+        """Hand over what `save` wrote, if it did, and the curve with it."""
         if not self._written:
             return
+        if self._folder and log:
+            log.copy_to(Path(self._folder))
         ray.train.report(
             {"dev_loss": UNKNOWN} | metrics,
             checkpoint=Checkpoint.from_directory(self._folder) if self._folder else None,

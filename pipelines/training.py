@@ -20,7 +20,7 @@ from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.block_files import BlockFile
 from pipelines.checkpoint_store import CheckpointStore
-from pipelines.memory import Memory, choose_memory
+from pipelines.memory import CHOICE, Memory, choose_memory
 from pipelines.model_folders import ModelFolder, open_model
 from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.packing import PackingConfig, pack_split
@@ -165,7 +165,9 @@ def train(config: TrainConfig) -> str:
     session.connect()
     gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.min_workers or config.workers, 1, gpus)
+    store.fetch(run / CHOICE)
     plan = make_plan(config, base, data, run, gpus)
+    store.keep(run / CHOICE)
     best, metrics = _published(plan.keep, run_plan(config, plan, store, gpus))
     facts = {
         "base": base.location,
@@ -245,7 +247,7 @@ def _published(keep: str, result: ray.train.Result) -> tuple[Checkpoint, dict[st
 def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, folder: Path, gpus: int) -> TrainingPlan:
     """Pack the data and work out what every worker must know; raises StageError when there is nothing to train on."""
     longest = int(data.receipt.config.get("max_tokens") or 0)
-    memory = choose_memory(config, read_config(base.path), longest, folder / "memory.json", gpus)
+    memory = choose_memory(config, read_config(base.path), longest, folder / CHOICE, gpus)
     sized = {"block_tokens": memory.block_tokens}
     packing = PackingConfig(tokenizer=base.location, **config.model_dump(include=_PACKING_FIELDS), **sized)
     blocks = {split: str(pack_split(data, split, packing, folder.parent / "blocks")) for split in ("train", "dev")}

@@ -49,10 +49,12 @@ def run_plan(config: "TrainConfig", plan: TrainingPlan, store: CheckpointStore, 
 
 
 def _tell_where_it_begins(folder: Path, store: CheckpointStore) -> None:
-    kept, done = store.mend_list(), len(read_metrics(folder / "metrics.jsonl"))
+    kept, rows = store.mend_list(), read_metrics(folder / "metrics.jsonl")
+    done = rows[-1]["step"] if rows else 0
     if kept is not None:
         print(
-            f"train: resuming: an earlier run of this reached step {done}; going on from its checkpoint of step {kept}"
+            f"train: resuming: an earlier run of this reached step {max(done, kept)}; "
+            f"going on from its checkpoint of step {kept}"
         )
     elif done:
         print(

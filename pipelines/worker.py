@@ -77,9 +77,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     log = MetricsLog(Path(plan.folder)) if rank == 0 else None  # before the model's minutes: a later worker must win
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-        training = Training(plan, rank, world, get_device(), Path(folder) if folder else None)
-    if log:
-        log.begin(training.step, world)
+        start = Path(folder) if folder else None
+        training = Training(plan, rank, world, get_device(), start)
+        if log:
+            log.begin(training.step, world, start)
     once = {"starting_seconds": time.monotonic() - started}
     saver, warned = Saver(training), False
     while not training.done:
@@ -92,7 +93,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             metrics |= saver.save(urgency)
         if log:
             log.write(metrics)  # before the checkpoint counts: a curve may lose its end, but no step before it
-        saver.report(metrics)
+        saver.report(metrics, log)
         once, warned = {}, warning
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.chaos import curve
 from cluster import session, storage
@@ -20,7 +21,7 @@ from cluster.errors import StageError
 from pipelines.checkpoint_store import COPY, LIST, CheckpointStore
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
-from pipelines.progress import MetricsLog, read_metrics
+from pipelines.progress import MetricsLog, describe, read_metrics
 from pipelines.training import TrainConfig, _publish, train, who_waits
 from pipelines.training_run import _tell_where_it_begins
 from tests.training_runs import (
@@ -180,6 +181,23 @@ def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
+def test_a_curve_whose_folder_is_lost_comes_back_with_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    log = MetricsLog(tmp_path / "lost")
+    log.begin(0, 1)
+    rows = [{"step": n, "loss": 4.0 - n, "seconds": 1.0, "tokens": 10, "waiting_seconds": 0.0} for n in (1, 2)]
+    for row in rows:
+        log.write(row)
+    log.copy_to(checkpoint)
+    again = MetricsLog(tmp_path / "run")
+    again.begin(2, 1, checkpoint)
+    assert read_metrics(tmp_path / "run/metrics.jsonl") == rows
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 3.0), (2, 2.0)]
+    assert "0:00:02 left" in describe(rows[1:], 4)  # steps are counted by their number, not by those on record
+
+
 def test_of_two_workers_that_write_the_same_run_the_one_that_came_last_has_it(tmp_path: Path) -> None:
     """A node that is cut off goes on computing where nothing of the others is needed."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
@@ -201,13 +219,15 @@ def test_the_adapter_of_the_lowest_dev_loss_is_kept_if_asked_for_and_the_last_on
 ) -> None:
     # The rate rises to one at which nothing can be learned.
     rising = {"learning_rate": 0.05, "warmup_ratio": 0.9, "schedule": "constant", "eval_steps": 3, "score_rows": 0}
-    config = TrainConfig.model_validate(SETTINGS | rising | {"data": rows, "out": str(tmp_path / "a"), "keep": "best"})
+    places = {"data": rows, "out": str(tmp_path / "a"), "storage": str(tmp_path / "store")}
+    config = TrainConfig.model_validate(SETTINGS | rising | places | {"keep": "best"})
     metrics = read_metrics(Path(train(config), "metrics.jsonl"))
     losses = {row["step"]: row["dev_loss"] for row in metrics if "dev_loss" in row}
     best = min(losses, key=losses.__getitem__)
     assert best < config.max_steps
     assert f"holds the adapter of step {best}" in capsys.readouterr().out
     adapter = Path(config.out, "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(f"{config.out}.run")  # all but the store is lost
     train(config.model_copy(update={"keep": "last"}))
     said = capsys.readouterr().out
     assert f"holds the adapter of step {config.max_steps}" in said
@@ -257,6 +277,18 @@ def test_a_torn_list_of_checkpoints_is_replaced_by_its_copy(tmp_path: Path, caps
         f"train: {found} was torn; {COPY} beside it has what it said before",
         f"train: {found} was torn before it listed a checkpoint",
     ]
+
+
+def test_what_was_chosen_for_a_run_comes_back_from_its_store(tmp_path: Path) -> None:
+    store, file = CheckpointStore(str(tmp_path / "store"), "run-x"), tmp_path / "run-x" / "memory.json"
+    store.fetch(file)
+    assert not file.exists()
+    file.parent.mkdir()
+    file.write_text("chosen")
+    store.keep(file)
+    shutil.rmtree(file.parent)
+    store.fetch(file)
+    assert file.read_text() == "chosen"
 
 
 def test_a_run_whose_checkpoints_are_elsewhere_says_that_it_begins_again(
