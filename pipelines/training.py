@@ -96,7 +96,8 @@ class TrainConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     eval_steps: int = Field(0, ge=0)
-    """Measure the loss on the dev rows every so many steps; 0: after each epoch."""
+    """Measure the loss on the dev rows every so many steps; 0: after each epoch. A node's notice that it will be taken
+    away puts it off until the run has restarted; at the last step it follows the checkpoint."""
     score_rows: Annotated[int, BESIDE_THE_CURVE] = Field(32, ge=0)
     """Dev questions, always the same, that are answered and scored too whenever the dev loss is measured; 0: none."""
     score_tokens: Annotated[int, BESIDE_THE_CURVE] = Field(128, ge=1)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -82,19 +82,26 @@ def train_worker(settings: dict[str, Any]) -> None:
         if log:
             log.begin(training.step, world, start)
     once = {"starting_seconds": time.monotonic() - started}
+
+    def noticed() -> bool:
+        """Whether a node is about to be taken away. Not all workers are told at the same moment."""
+        return any_worker(ray.train.get_preemption_info() is not None, training.device)
+
     saver, warned = Saver(training), False
-    while not training.done:
-        metrics = training.advance() | once
-        # A node is about to be taken away; not all workers are told at the same moment.
-        warning = any_worker(ray.train.get_preemption_info() is not None, training.device)
-        if training.step % plan.eval_every == 0 or training.done:
-            metrics |= training.evaluate() | ({} if warning else training.answer_questions())
+    put_off = training.due  # by a notice, until after the restart, or until nothing else is left to do
+    while put_off or not training.done:
+        metrics = once | ({"step": training.step} if put_off else training.advance())
+        warning = noticed()
+        if training.due and (put_off or not warning):
+            stop = never if put_off else noticed
+            metrics |= training.evaluate(stop) | training.answer_questions(stop)
+            warning = warning or noticed()
         if urgency := _urgency(training, "dev_loss" in metrics, warning > warned):
             metrics |= saver.save(urgency)
         if log:
             log.write(metrics)  # before the checkpoint counts: a curve may lose its end, but no step before it
         saver.report(metrics, log)
-        once, warned = {}, warning
+        once, warned, put_off = {}, warning, training.due and training.step >= plan.steps
 
 
 def _urgency(training: "Training", evaluated: bool, warned: bool) -> Urgency | None:
@@ -104,6 +111,15 @@ def _urgency(training: "Training", evaluated: bool, warned: bool) -> Urgency | N
     if evaluated and training.plan.keep == "best" and training.dev_losses[-1] == min(training.dev_losses):
         return "in turn"
     return "when idle" if evaluated or training.step % training.plan.save_every == 0 else None
+
+
+class Interrupted(Exception):
+    """What is measured has to make way."""
+
+
+def never() -> bool:
+    """Nothing interrupts."""
+    return False
 
 
 class Training:
@@ -118,6 +134,8 @@ class Training:
         self.model: PeftModel = trainable_model(plan.base, plan.base_format, lora_config(plan.lora), device)
         state = load_checkpoint(self.model, start) if start else {"step": 0, "optimizer": None, "dev_losses": []}
         self.step: int = state["step"]
+        self.evaluated: int = state.get("evaluated", self.step)
+        """The last step at which the dev loss was measured."""
         self.dev_losses: list[float] = state["dev_losses"]
         if plan.recompute:
             recompute_layers(self.model)
@@ -138,6 +156,12 @@ class Training:
         since_best = len(self.dev_losses) - 1 - self.dev_losses.index(min(self.dev_losses)) if self.dev_losses else 0
         return self.step >= self.plan.steps or 0 < self.plan.patience <= since_best
 
+    @property
+    def due(self) -> bool:
+        """Whether the dev loss is to be measured: every so many steps, and after the last one."""
+        every = self.plan.eval_every
+        return self.step // every > self.evaluated // every or self.step >= self.plan.steps > self.evaluated
+
     def _batches(self) -> Iterator[PackedBatch]:
         """This worker's batches of this step and all later ones: the first is on its way before its step begins."""
         steps = map(self.order.step, range(self.step, self.plan.steps))
@@ -146,6 +170,14 @@ class Training:
 
     def _share(self, work: list[Work]) -> list[tuple[Work, bool]]:
         return share(work, self.rank, self.world, self.workers.equal_rounds)
+
+    def _in_rounds(self, work: list[Work], stop: Callable[[], bool]) -> Iterator[tuple[Work, bool]]:
+        """This worker's share, one after another. Interrupted on all workers alike, before the same round."""
+        mine = self._share(work)
+        for number in range(-(-len(work) // self.world)):
+            if stop():
+                raise Interrupted
+            yield from mine[number : number + 1]
 
     def advance(self) -> dict[str, float]:
         """One optimizer step over all workers; returns its metrics. FloatingPointError if the loss is no good."""
@@ -202,40 +234,49 @@ class Training:
         )
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss over all answer tokens of the dev rows; {} where there are none."""
+    def evaluate(self, stop: Callable[[], bool] = never) -> dict[str, float]:
+        """The mean loss over all answer tokens of the dev rows; {} where there are none, or `stop` comes true."""
         targets = int(self.dev_blocks.target_counts.sum())
+        started, total = time.monotonic(), torch.zeros((), device=self.device)
+        indices = list(range(len(self.dev_blocks) if targets else 0))
+        blocks = (self.dev_blocks[i] for i, _ in self._in_rounds(indices, stop))
+        self.model.eval()
+        try:
+            batches = batches_ahead(blocks, self.device, self.padding)
+            for batch, (_, counted) in zip(batches, self._share(indices), strict=True):
+                total += self.workers.loss(batch) * counted
+        except Interrupted:
+            return {}
+        finally:
+            self.model.train()
+        self.evaluated = self.step
         if not targets:
             return {}
-        started = time.monotonic()
-        self.model.eval()
-        total = torch.zeros((), device=self.device)
-        mine = self._share(list(range(len(self.dev_blocks))))
-        batches = batches_ahead((self.dev_blocks[i] for i, _ in mine), self.device, self.padding)
-        for batch, (_, counted) in zip(batches, mine, strict=True):
-            total += self.workers.loss(batch) * counted
-        self.model.train()
         self.dev_losses.append(sum_over_workers([], total).item() / targets)
         return {"dev_loss": self.dev_losses[-1], "evaluating_seconds": time.monotonic() - started}
 
     @torch.no_grad()
-    def answer_questions(self) -> dict[str, float]:
-        """Exact match and F1 of the answers to the plan's dev questions; {} where there are none."""
+    def answer_questions(self, stop: Callable[[], bool] = never) -> dict[str, float]:
+        """Exact match and F1 of the answers to the plan's dev questions; {} where there are none, or as `evaluate`."""
         if not self.spot_check:
             return {}
         started = time.monotonic()
         # Without gradients, a token takes less than what a training step keeps of it.
         batches = self.spot_check.batches(self.plan.block_tokens, self.world)
         points = torch.zeros(len(METRICS), device=self.device)
-        for batch, counted in self._share(batches):
-            found = self.spot_check.points(self.model, batch, self.workers.equal_rounds)
-            points += torch.tensor(found, device=self.device) * counted
+        try:
+            for batch, counted in self._in_rounds(batches, stop):
+                found = self.spot_check.points(self.model, batch, self.workers.equal_rounds)
+                points += torch.tensor(found, device=self.device) * counted
+        except Interrupted:
+            return {}
         scores = mean_over_workers(points, len(self.spot_check.asked))
         return scores | {"answering_seconds": time.monotonic() - started}
 
     def save(self, folder: Path | None) -> None:
         """Write a checkpoint into `folder`; with None, take part in what another worker writes."""
-        state = {"step": self.step, "dev_losses": self.dev_losses, "optimizer": self.workers.optimizer_state()}
+        state = {"step": self.step, "evaluated": self.evaluated, "dev_losses": self.dev_losses}
+        state["optimizer"] = self.workers.optimizer_state()
         with self.workers.whole():
             if folder:
                 save_checkpoint(self.model, state, folder)
