@@ -33,12 +33,14 @@ class Memory(Config):
 
 
 def choose_memory(config: "TrainConfig", model: GlmConfig, longest: int, file: Path, gpus: int) -> Memory:
-    """What `config` says, and where it leaves something open, the fastest that fits; kept in `file`, and told.
+    """What `config` says, and for what it leaves open, what `file` has, or the fastest that fits; kept there, and told.
 
     No block is smaller than `longest`, the tokens that an example may have. Raises StageError if nothing fits.
     """
     if file.is_file():
-        return Memory.model_validate_json(file.read_text(encoding="utf-8"))
+        kept = Memory.model_validate_json(file.read_text(encoding="utf-8"))
+        given = config.model_dump(include={"block_tokens", "recompute"}, exclude_none=True)
+        return kept.model_copy(update=given)
     if not gpus:
         chosen = Memory(block_tokens=config.block_tokens or ON_CPU, recompute=bool(config.recompute))
     else:

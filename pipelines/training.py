@@ -115,7 +115,7 @@ class TrainConfig(Config):
     """How many checkpoints stay: those of lowest dev loss, and always the newest."""
     storage: Annotated[str, BESIDE_THE_CURVE] = ""
     """Where checkpoints go, a folder or an address such as s3://bucket/path; unless given, OUT.run."""
-    recompute: bool | None = None
+    recompute: Annotated[bool | None, BESIDE_THE_CURVE] = None
     """Compute activations again in the backward pass: less memory, a third slower. Unless given: if a GPU has no
     memory for blocks of 4,096 tokens otherwise."""
     max_input_length: int = Field(1024, ge=3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray.train
+import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -66,7 +67,7 @@ def _trainer(config: "TrainConfig", plan: TrainingPlan, store: CheckpointStore, 
     # Between two looks, a worker's end goes unnoticed and a checkpoint that has been uploaded does not count yet.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # some clouds give no more than 30 s
-    callbacks: list[Any] = [LastingErrors(), ListCopy(store)]
+    callbacks: list[Any] = [LastingErrors(plan.recompute), ListCopy(store)]
     if config.min_workers:
         callbacks.append(FreshCount())
         # A start on a node that is gone is given up sooner. Nodes that are there give their CPUs within a second;
@@ -125,6 +126,9 @@ class FreshCount(ray.train.UserCallback):
 class LastingErrors(ray.train.UserCallback):
     """Ends the run at an error that new workers would only meet again; Ray Train tries again after every error."""
 
+    def __init__(self, recompute: bool) -> None:
+        self._recompute = recompute
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raise StageError, which ends the run, if all of the workers' errors are such."""
         errors = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
@@ -133,12 +137,17 @@ class LastingErrors(ray.train.UserCallback):
         error, remedy = errors[0], f"mend that, and {GOES_ON}"
         if isinstance(error, FloatingPointError):
             remedy = "look at these rows, or lower --learning_rate"
+        if isinstance(error, torch.OutOfMemoryError):
+            remedy = "give smaller --block_tokens, with which it begins again"
+            if not self._recompute:
+                remedy = f"give --recompute true, and {GOES_ON}; or {remedy.removeprefix('give ')}"
         raise StageError(f"training failed: {' '.join(str(error).split())}; {remedy}")
 
 
 def _lasts(error: Exception) -> bool:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or isinstance(error, (StageError, ModelError, FloatingPointError, ValueError))
+    known = (StageError, ModelError, FloatingPointError, ValueError, torch.OutOfMemoryError)
+    return full or isinstance(error, known)
 
 
 def _cause(error: BaseException) -> str:

@@ -13,10 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.random_checkpoint import CHATGLM3_6B, native_config
 from chatglm3.official import translate_config
+from cluster import storage
 from cluster.errors import StageError
 from pipelines import step
 from pipelines.memory import Memory, _fastest, _kept_eagerly, choose_memory, linear_shapes, needed_gb
-from pipelines.training import TrainConfig
+from pipelines.training import TrainConfig, _digest
+from pipelines.training_run import LastingErrors
 from pipelines.worker import lora_config
 
 QKV = {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]}
@@ -145,8 +147,29 @@ def test_zero3_keeps_more_for_each_token_than_compiled_layers_do() -> None:
     assert needed == pytest.approx([21.7, 30.1], abs=0.05)  # although zero3's base is in eight parts
 
 
-def test_on_a_cpu_blocks_have_4096_tokens_and_a_resumed_run_finds_its_choice(tmp_path: Path) -> None:
+def test_a_run_that_had_too_little_memory_goes_on_with_recompute(tmp_path: Path) -> None:
+    given = {"base": "6b", "workers": 2}
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+    with pytest.raises(
+        StageError,
+        match=r"^training failed: CUDA out of memory. Tried to allocate 2 GiB.; give --recompute true, and the same "
+        r"command goes on from the last checkpoint; or smaller --block_tokens, with which it begins again$",
+    ):
+        LastingErrors(recompute=False).after_exception(None, {0: error})
+    with pytest.raises(StageError, match=r"allocate 2 GiB.; give smaller --block_tokens, with which it begins again$"):
+        LastingErrors(recompute=True).after_exception(None, {0: error})
+    data = storage.Folder(tmp_path, storage.Receipt("prepare", {}, facts={"dataset": "x"}))
+    runs = [_digest(config(**given, **more), "y", data) for more in ({}, {"recompute": True}, {"block_tokens": 4096})]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_on_a_cpu_blocks_have_4096_tokens_and_a_resumed_run_finds_its_choice_unless_told_otherwise(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "run" / "memory.json"
     first = choose_memory(config(), MODEL, 4096, file, gpus=0)
     assert first == Memory(block_tokens=4096, recompute=False)
-    assert choose_memory(config(block_tokens=64), MODEL, 64, file, gpus=0) == first
+    assert choose_memory(config(), MODEL, 64, file, gpus=0) == first
+    given = choose_memory(config(recompute=True), MODEL, 64, file, gpus=0)
+    assert given == Memory(block_tokens=4096, recompute=True)  # what is given beats what was chosen
+    assert choose_memory(config(), MODEL, 64, file, gpus=0) == first
