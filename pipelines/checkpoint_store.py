@@ -1,15 +1,17 @@
 """Where a run's checkpoints go, tried before anything starts; and Ray Train's list of them, mended where it is torn."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from cluster.errors import StageError
 
 LIST = "checkpoint_manager_snapshot.json"
 COPY = "checkpoints.json"
+NAMES = r"checkpoint_\d{4}-\d{2}-\d{2}_"  # as Ray Train names a checkpoint's folder
 OBJECT_STORES = {"s3", "gcs", "abfs"}  # an object is there whole or not at all
 
 
@@ -53,6 +55,18 @@ class CheckpointStore:
             self._write(LIST, kept)
             print(f"train: {self.folder}/{LIST} was torn; {COPY} beside it has what it said before")
         return _newest_step(kept)
+
+    def remove_orphans(self) -> None:
+        """Delete checkpoints that were uploaded, but not listed when the run was killed; no run has them.
+
+        Not while one goes on, which may upload. Nothing without a whole list: somebody may look for what is there.
+        """
+        if _newest_step(found := self._read(LIST)) is None:
+            return
+        listed = {result["checkpoint_dir_name"] for result in json.loads(found or b"")["checkpoint_results"]}
+        for entry in self._files.get_file_info(FileSelector(self.folder)):
+            if entry.type == FileType.Directory and re.match(NAMES, entry.base_name) and entry.base_name not in listed:
+                self._files.delete_dir(entry.path)
 
     def keep(self, file: Path) -> None:
         """Have a copy of one of the run's files, for `fetch`."""

@@ -1,10 +1,16 @@
 """What a checkpoint holds: the adapter, and all that training needs to go on as if it had never stopped."""
 
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
@@ -14,9 +20,24 @@ def save_checkpoint(model: PeftModel, state: dict[str, Any], folder: Path) -> No
     Nothing else is needed. Learning rate and blocks are functions of the step; dropout is seeded by step and block, so
     that no generator has a past.
     """
-    # Told not to look for changed embeddings, PEFT does not ask the network what the base's were.
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    torch.save(state, folder / "state.pt")
+    held = io.BytesIO()
+    torch.save(state, held)  # into a file, torch would not say that a disk is full
+    with _errors_of_the_system(folder):
+        # Told not to look for changed embeddings, PEFT does not ask the network what the base's were.
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        (folder / "state.pt").write_bytes(held.getbuffer())
+
+
+@contextmanager
+def _errors_of_the_system(folder: Path) -> Iterator[None]:
+    """Raise them as OSError with the place, whether they are Python's or safetensors', which has a class of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"(?:Errno|os error) (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def load_checkpoint(model: PeftModel, folder: Path) -> dict[str, Any]:

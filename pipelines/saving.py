@@ -1,9 +1,11 @@
 """When a training writes a checkpoint, and how it is handed to Ray Train, which uploads it while training goes on."""
 
+import shutil
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,6 +37,10 @@ class Saver:
         self._counts = threading.Event()
         """Whether the last checkpoint is in Ray Train's list, so that a restart would find it."""
         self._counts.set()
+        # One place for the run on this machine: what a killed worker left there goes when the next one begins.
+        self._place = Path(tempfile.gettempdir()) / f"checkpoints-{zlib.crc32(training.plan.folder.encode()):08x}"
+        if training.rank == 0:
+            shutil.rmtree(self._place, ignore_errors=True)
         self._folder: str | None = None
         self._written = False
 
@@ -46,7 +52,9 @@ class Saver:
             return {}
         if urgency == "in turn":
             self._counts.wait()
-        self._folder = tempfile.mkdtemp(prefix="checkpoint-") if training.rank == 0 else None
+        if training.rank == 0:
+            self._place.mkdir(exist_ok=True)
+            self._folder = tempfile.mkdtemp(dir=self._place)
         training.save(Path(self._folder) if self._folder else None)
         self._written = True
         return {"saving_seconds": time.monotonic() - started}

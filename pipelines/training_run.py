@@ -30,6 +30,7 @@ def run_plan(config: "TrainConfig", plan: TrainingPlan, store: CheckpointStore, 
     """Train to the plan's end, from the last checkpoint if there is one. Raises StageError if it cannot go on."""
     folder = Path(plan.folder)
     _tell_where_it_begins(folder, store)
+    store.remove_orphans()
     trainer = _trainer(config, plan, store, gpus)
     try:
         with LossBoard(folder / "metrics.jsonl", plan.steps), tracked(config.trackers, folder, config.model_dump()):

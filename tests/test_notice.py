@@ -1,6 +1,7 @@
 """A node's notice that it will be taken away: a checkpoint comes first, what is measured later, and at its own step."""
 
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,7 @@ class RayTrain:
         for name in ("get_context", "get_checkpoint", "get_preemption_info", "report", "get_all_reported_checkpoints"):
             monkeypatch.setattr(ray.train, name, getattr(self, name))
         monkeypatch.setattr(worker, "get_device", lambda: CPU)
+        monkeypatch.setattr(tempfile, "tempdir", str(self.folder.parent))
         train_worker(plan.model_dump())
         return {row["step"]: row.get("dev_loss") for row in read_metrics(Path(plan.folder, "metrics.jsonl"))}
 
@@ -80,9 +82,11 @@ def test_a_notice_is_answered_by_a_checkpoint_before_anything_is_measured(
     assert first.reports == [(2, UNKNOWN), (4, UNKNOWN), (4, pytest.approx(losses[4]))]
     assert found == {1: None, 2: None, 3: None, 4: pytest.approx(losses[4])}
 
+    assert len(list(tmp_path.glob("checkpoints-*/*"))) == 3  # as after kills: nobody uploads them here
     again = RayTrain(tmp_path / "saved")
     assert again.run(plan, monkeypatch) == pytest.approx(losses)
     assert again.reports == [(2, pytest.approx(losses[2])), (4, pytest.approx(losses[4]))]
+    assert len(list(tmp_path.glob("checkpoints-*/*"))) == 2
 
 
 def test_a_notice_during_an_evaluation_ends_it_and_a_checkpoint_follows(

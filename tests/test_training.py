@@ -279,6 +279,43 @@ def test_a_torn_list_of_checkpoints_is_replaced_by_its_copy(tmp_path: Path, caps
     ]
 
 
+def test_checkpoints_that_no_list_has_are_deleted_when_a_run_begins_and_nothing_else(tmp_path: Path) -> None:
+    store, folder = CheckpointStore(str(tmp_path), "run-x"), tmp_path / "run-x"
+    listed, orphan = ("checkpoint_2026-01-02_03-04-05.67", "checkpoint_2026-01-02_03-05-05.67")
+    for name in (listed, orphan, "checkpoint_of_mine", "tensorboard"):
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    store.remove_orphans()
+    assert len(list(folder.iterdir())) == 4  # nobody knows which of them count
+    results = {"latest_checkpoint_result": {"metrics": {"step": 2}}, "checkpoint_results": []}
+    results["checkpoint_results"] = [{"checkpoint_dir_name": listed}]
+    (folder / LIST).write_text(json.dumps(results))
+    store.remove_orphans()
+    assert {path.name for path in folder.iterdir()} == {LIST, listed, "checkpoint_of_mine", "tensorboard"}
+
+
+FILL = """
+import pathlib, resource, sys, torch
+from peft import LoraConfig
+from pipelines.checkpoints import save_checkpoint
+from pipelines.step import trainable_model
+lora = LoraConfig(r=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
+model = trainable_model("tiny", "fp32", lora, torch.device("cpu"))
+for limit in (20_000, 400_000):  # the adapter's file has 200 KB, the other one more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        save_checkpoint(model, {"moments": torch.ones(1 << 18)}, pathlib.Path(sys.argv[1]))
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_place_for_checkpoints_that_takes_no_more_is_told_as_the_system_does(tmp_path: Path) -> None:
+    """By the number in it, a full disk is known for an error that new workers would meet again."""
+    done = subprocess.run([sys.executable, "-c", FILL, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"[Errno 27] File too large: '{tmp_path}'"] * 2, done.stderr
+
+
 def test_what_was_chosen_for_a_run_comes_back_from_its_store(tmp_path: Path) -> None:
     store, file = CheckpointStore(str(tmp_path / "store"), "run-x"), tmp_path / "run-x" / "memory.json"
     store.fetch(file)
