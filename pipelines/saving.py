@@ -27,9 +27,9 @@ UNKNOWN = sys.float_info.max
 class Saver:
     """A training's checkpoints. All workers call the same methods in the same order; the first one writes.
 
-    Training does not stand still for a slow store: a checkpoint that falls due during an upload is skipped, unless it
-    is the best one of a run that is to keep it. So a fault costs the steps since the last checkpoint that counts:
-    those of one upload and one interval at most.
+    Training does not stand still for a slow store: a checkpoint that falls due during an upload is skipped. Only the
+    best one of a run that is to keep it waits, and training with it. So a fault costs the steps since the last
+    checkpoint that counts: those of one upload and one interval at most.
     """
 
     def __init__(self, training: "Training") -> None:

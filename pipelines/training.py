@@ -110,7 +110,8 @@ class TrainConfig(Config):
     the best of the checkpoints that are left."""
     save_steps: Annotated[int, BESIDE_THE_CURVE] = Field(50, ge=0)
     """Write a checkpoint every so many steps; 0: after each epoch. Each evaluation and a node's notice that it will be
-    taken away write one too. Training goes on meanwhile; what falls due during an upload is skipped."""
+    taken away write one too. Training goes on meanwhile; what falls due during an upload is skipped, but the best one
+    so far of --keep best and --patience, for which training waits until that upload has ended."""
     keep_checkpoints: Annotated[int, BESIDE_THE_CURVE] = Field(2, ge=1)
     """How many checkpoints stay: those of lowest dev loss, and always the newest."""
     storage: Annotated[str, BESIDE_THE_CURVE] = ""
