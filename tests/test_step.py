@@ -221,6 +221,15 @@ def test_blocks_are_padded_to_one_size_which_grows_by_powers_of_two() -> None:
     assert sizes == [(4096, 2048, 64)] * 2 + [(4096, 4096, 64), (4096, 4096, 128), (4096, 4096, 128), (8192, 8192, 128)]
 
 
+def test_a_mean_of_16_bit_cross_entropies_has_gradients_that_are_rounded_once() -> None:
+    hidden = torch.randn(7, 8).bfloat16().requires_grad_()
+    weight, targets = torch.randn(50, 8).bfloat16(), torch.randint(0, 50, (7,))
+    (of_sum,) = torch.autograd.grad(summed_cross_entropy(hidden, weight, targets), hidden)
+    (of_mean,) = torch.autograd.grad(summed_cross_entropy(hidden, weight, targets) / 1027, hidden)
+    scale = torch.tensor(1.0) / 1027  # off by 0.1 % in 16 bits
+    assert torch.equal(of_mean, (of_sum.float() * scale).bfloat16())
+
+
 def test_cross_entropy_in_chunks_is_that_of_all_logits_at_once() -> None:
     hidden = torch.randn(2 * CHUNK + 100, 32, requires_grad=True)
     weight, targets = torch.randn(50, 32), torch.randint(0, 50, (2 * CHUNK + 100,))
