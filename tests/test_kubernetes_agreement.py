@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -15,7 +16,9 @@ import ray
 import yaml
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
+from cluster import leaving
 from cluster.__main__ import COMMANDS as CLUSTER_COMMANDS
 from cluster.commands import parse_config
 from cluster.manifests import StageName
@@ -227,6 +230,22 @@ def test_pods_wait_longer_than_streams_may_take(name):
     assert shutdown < service["rayClusterDeletionDelaySeconds"]
     for pod in pods(overlay(name, "serve")):  # KubeRay's own probes look at Serve's proxy
         assert not {"readinessProbe", "livenessProbe", "startupProbe"} & set(pod["containers"][0])
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_training_pods_on_spot_nodes_tell_ray_that_they_go_and_wait_for_its_workers(name, tmp_path, monkeypatch):
+    text = mixed(tmp_path / "train", "train", ("spot",), name)
+    head, worker = pods(text)
+    command = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:3] == ["python", "-m", "cluster.leaving"]
+    assert int(command[3]) < worker["terminationGracePeriodSeconds"]
+    assert "lifecycle" not in head["containers"][0]
+    names = [RayTrainWorker.__name__, "ServeReplica:chat:ChatServer", "TrainController", "_StatsActor"]
+    monkeypatch.setattr(leaving, "list_actors", lambda filters: [SimpleNamespace(class_name=name) for name in names])
+    assert leaving._at_work("node") == 2
+    # The endpoint's own hook, which waits for streams, stays.
+    _, serving = pods(mixed(tmp_path / "serve", "serve", ("spot",), name))
+    assert serving["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][3] == "150"
 
 
 def test_api_keys_are_mounted_where_the_endpoint_looks_for_them():
