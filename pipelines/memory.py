@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -11,9 +10,7 @@ from transformers import GlmConfig
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.step import BaseFormat
-
-if TYPE_CHECKING:
-    from pipelines.training import TrainConfig
+from pipelines.training_config import TrainConfig
 
 CHOICE = "memory.json"
 ON_CPU = 4096
@@ -32,7 +29,7 @@ class Memory(Config):
     """What the choice is expected to take; 0: not worked out, on a CPU."""
 
 
-def choose_memory(config: "TrainConfig", model: GlmConfig, longest: int, file: Path, gpus: int) -> Memory:
+def choose_memory(config: TrainConfig, model: GlmConfig, longest: int, file: Path, gpus: int) -> Memory:
     """What `config` says, and for what it leaves open, what `file` has, or the fastest that fits; kept there, and told.
 
     No block is smaller than `longest`, the tokens that an example may have. Raises StageError if nothing fits.
@@ -59,7 +56,7 @@ def choose_memory(config: "TrainConfig", model: GlmConfig, longest: int, file: P
     return chosen
 
 
-def _fastest(config: "TrainConfig", model: GlmConfig, longest: int, free_gb: float) -> Memory:
+def _fastest(config: TrainConfig, model: GlmConfig, longest: int, free_gb: float) -> Memory:
     needed = 0.0
     for tokens, recompute in _by_speed(config, longest):
         needed = needed_gb(model, config, tokens, recompute)
@@ -72,7 +69,7 @@ def _fastest(config: "TrainConfig", model: GlmConfig, longest: int, free_gb: flo
     )
 
 
-def _by_speed(config: "TrainConfig", longest: int) -> Iterator[tuple[int, bool]]:
+def _by_speed(config: TrainConfig, longest: int) -> Iterator[tuple[int, bool]]:
     """Sizes and whether to recompute, the fastest first: recomputing costs a third, small blocks a tenth."""
     sizes = [config.block_tokens] if config.block_tokens else [n for n in SIZES if n >= longest] or [longest]
     for recompute in (False, True) if config.recompute is None else (config.recompute,):
@@ -84,7 +81,7 @@ def _free_gb() -> float:
     return float(torch.cuda.mem_get_info()[0]) / 1e9
 
 
-def needed_gb(model: GlmConfig, config: "TrainConfig", tokens: int, recompute: bool) -> float:
+def needed_gb(model: GlmConfig, config: TrainConfig, tokens: int, recompute: bool) -> float:
     """GPU memory of a training step, in GB: base, adapters with their optimizer, activations, a chunk of logits.
 
     Beside 19 peaks that one H100 showed for ChatGLM3-6B: -2 to +4 % without recompute, -6 to +10 % with it.
@@ -127,12 +124,12 @@ def linear_shapes(model: GlmConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _adapter_weights(model: GlmConfig, config: "TrainConfig") -> int:
+def _adapter_weights(model: GlmConfig, config: TrainConfig) -> int:
     shapes = linear_shapes(model)
     return model.num_hidden_layers * config.lora.rank * sum(sum(shapes[name]) for name in config.lora.targets)
 
 
-def _kept_numbers(model: GlmConfig, config: "TrainConfig") -> int:
+def _kept_numbers(model: GlmConfig, config: TrainConfig) -> int:
     """Numbers a token that one compiled layer keeps for its backward pass."""
     h, shapes = model.hidden_size, linear_shapes(model)
     kept = 5 * h + 2 * shapes["k_proj"][0] + shapes["gate_up_proj"][0]
@@ -144,7 +141,7 @@ def _kept_numbers(model: GlmConfig, config: "TrainConfig") -> int:
     return kept
 
 
-def _kept_eagerly(model: GlmConfig, config: "TrainConfig", bytes_each: int) -> int:
+def _kept_eagerly(model: GlmConfig, config: TrainConfig, bytes_each: int) -> int:
     """Bytes a token that one layer keeps where it is not compiled: what autograd saves, and the attention's kernel.
 
     tests/test_memory.py counts them through torch.autograd.graph.saved_tensors_hooks, each storage once.

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.train
 import torch
@@ -16,17 +16,15 @@ from cluster.errors import StageError
 from pipelines.checkpoint_store import CheckpointStore
 from pipelines.progress import LossBoard, read_metrics
 from pipelines.trackers import tracked
+from pipelines.training_config import TrainConfig
 from pipelines.worker import TrainingPlan, train_worker
-
-if TYPE_CHECKING:
-    from pipelines.training import TrainConfig
 
 SECONDS_BETWEEN_RESIZES = 20.0
 """How long a new node may stand idle beside a run of --min_workers; each change of size restarts the workers."""
 GOES_ON = "the same command goes on from the last checkpoint"
 
 
-def run_plan(config: "TrainConfig", plan: TrainingPlan, store: CheckpointStore, gpus: int) -> ray.train.Result:
+def run_plan(config: TrainConfig, plan: TrainingPlan, store: CheckpointStore, gpus: int) -> ray.train.Result:
     """Train to the plan's end, from the last checkpoint if there is one. Raises StageError if it cannot go on."""
     folder = Path(plan.folder)
     _tell_where_it_begins(folder, store)
@@ -64,7 +62,7 @@ def _tell_where_it_begins(folder: Path, store: CheckpointStore) -> None:
         )
 
 
-def _trainer(config: "TrainConfig", plan: TrainingPlan, store: CheckpointStore, gpus: int) -> TorchTrainer:
+def _trainer(config: TrainConfig, plan: TrainingPlan, store: CheckpointStore, gpus: int) -> TorchTrainer:
     # Between two looks, a worker's end goes unnoticed and a checkpoint that has been uploaded does not count yet.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # some clouds give no more than 30 s

@@ -22,7 +22,8 @@ from pipelines.checkpoint_store import COPY, LIST, CheckpointStore
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
 from pipelines.progress import MetricsLog, describe, read_metrics
-from pipelines.training import TrainConfig, _publish, train, who_waits
+from pipelines.training import TrainConfig, _publish, train
+from pipelines.training_plan import who_waits
 from pipelines.training_run import _tell_where_it_begins
 from tests.training_runs import (
     SETTINGS,
