@@ -3,7 +3,7 @@
     python -m benchmarks.scaling --picture docs/scaling.svg
 
 The model: workers compute a block each, then add up the adapters' gradients (fp32) in one all-reduce that overlaps with
-nothing, as `step.sum_over_workers` does. NCCL takes the quicker of a ring and a double tree: a ring's time is
+nothing, as `exchange.sum_gradients` does. NCCL takes the quicker of a ring and a double tree: a ring's time is
 2 (n - 1) latency + 2 bytes (n - 1) / n / bandwidth, a tree's 2 log2(n) latency + 2 bytes / bandwidth. Up to 8 workers
 share a machine (NVLink, 300 GB/s, 5 us); behind that every machine has one network card, which its 8 GPUs send the sum
 through once. No worker is slower than another: with stragglers it is worse. Measured are the step (one H100,

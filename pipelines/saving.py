@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import ray.train
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
+from pipelines.exchange import any_worker
 from pipelines.progress import MetricsLog
-from pipelines.strategies import any_worker
 
 if TYPE_CHECKING:
     from pipelines.worker import Training

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
@@ -95,10 +94,3 @@ def _answering(model: PeftModel) -> Iterator[Any]:
     finally:
         glm.set_attn_implementation(packed_attention.NAME)
         model.train()
-
-
-def mean_over_workers(points: Tensor, questions: int) -> dict[str, float]:
-    """Each worker's sums [METRICS] as the metrics of all `questions`."""
-    if dist.is_initialized() and dist.get_world_size() > 1:  # a lone worker need not start NCCL for it
-        dist.all_reduce(points)
-    return {f"dev_{name}": value / questions for name, value in zip(METRICS, points.tolist(), strict=True)}

@@ -6,10 +6,9 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GlmForCausalLM
 
 from chatglm3 import ModelError, load_model
@@ -117,23 +116,6 @@ def adapters_in_base_dtype(glm: GlmForCausalLM) -> AbstractContextManager[object
 def _casts_adapters(glm: GlmForCausalLM) -> bool:
     embeddings = glm.model.embed_tokens.weight
     return embeddings.is_cuda and embeddings.dtype == torch.bfloat16
-
-
-def sum_over_workers(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
-    """Add up gradients (in place) and `loss` over all workers in one exchange; returns the total loss.
-
-    The gradients of LoRA adapters are a few megabytes, so one flat buffer beats overlapped buckets, and a worker
-    may have any number of blocks, none included.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return loss
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([loss.reshape(1), *(g.float().flatten() for g in gradients)])
-    dist.all_reduce(flat)
-    sizes = [p.numel() for p in parameters]
-    for parameter, gradient in zip(parameters, flat[1:].split(sizes), strict=True):
-        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-    return flat[0]
 
 
 def run_batches(model: PeftModel, batches: Iterable[PackedBatch], target_count: int, seed: str) -> Tensor:

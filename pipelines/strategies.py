@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
 from pipelines.batches import PackedBatch
-from pipelines.step import answer_loss, run_batches, sum_over_workers
+from pipelines.exchange import sum_gradients
+from pipelines.step import answer_loss, run_batches
 
 Strategy = Literal["ddp", "zero2", "zero3"]
 
@@ -36,15 +36,6 @@ class Workers(Protocol):
         """A context in which the adapters are whole on this worker."""
 
 
-def any_worker(said: bool, device: torch.device) -> bool:
-    """Whether any of the workers says so; all get the same answer."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return said
-    voices = torch.tensor(float(said), device=device)
-    dist.all_reduce(voices)
-    return bool(voices.item() > 0)
-
-
 def adamw(parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.AdamW:
     """The optimizer of every strategy."""
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=parameters[0].is_cuda)
@@ -63,7 +54,7 @@ class Replicated:
 
     def losses(self, batches: Iterable[PackedBatch], counts: list[bool], target_count: int, seed: str) -> Tensor:
         """See Workers. All batches count: `equal_rounds` is false."""
-        return sum_over_workers(self.parameters, run_batches(self.model, batches, target_count, seed))
+        return sum_gradients(self.parameters, run_batches(self.model, batches, target_count, seed))
 
     def update(self, rate: float) -> Tensor:
         """See Workers."""

@@ -20,17 +20,17 @@ from pipelines.batches import PackedBatch, Padding, Timed, batches_ahead
 from pipelines.block_files import BlockFile
 from pipelines.blocks import BlockOrder, Work, share
 from pipelines.checkpoints import load_checkpoint, save_checkpoint
+from pipelines.exchange import any_worker, summed
 from pipelines.progress import MetricsLog
 from pipelines.saving import Saver, Urgency
-from pipelines.spot_checks import METRICS, SpotCheck, mean_over_workers
+from pipelines.spot_checks import METRICS, SpotCheck
 from pipelines.step import (
     BaseFormat,
     compile_layers,
     recompute_layers,
-    sum_over_workers,
     trainable_model,
 )
-from pipelines.strategies import Replicated, Strategy, Workers, adamw, any_worker
+from pipelines.strategies import Replicated, Strategy, Workers, adamw
 from pipelines.utilisation import peak_flops, step_flops
 
 
@@ -252,7 +252,7 @@ class Training:
         self.evaluated = self.step
         if not targets:
             return {}
-        self.dev_losses.append(sum_over_workers([], total).item() / targets)
+        self.dev_losses.append(summed(total).item() / targets)
         return {"dev_loss": self.dev_losses[-1], "evaluating_seconds": time.monotonic() - started}
 
     @torch.no_grad()
@@ -270,7 +270,8 @@ class Training:
                 points += torch.tensor(found, device=self.device) * counted
         except Interrupted:
             return {}
-        scores = mean_over_workers(points, len(self.spot_check.asked))
+        shares = summed(points) / len(self.spot_check.asked)
+        scores = {f"dev_{name}": share for name, share in zip(METRICS, shares.tolist(), strict=True)}
         return scores | {"answering_seconds": time.monotonic() - started}
 
     def save(self, folder: Path | None) -> None:

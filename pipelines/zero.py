@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pipelines.batches import PackedBatch
-from pipelines.step import answer_loss, seed_dropout, sum_over_workers
+from pipelines.exchange import summed
+from pipelines.step import answer_loss, seed_dropout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,7 +65,7 @@ class Sharded:
             # DeepSpeed takes the mean over the workers, but these losses are shares of one mean already.
             self.engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             total += loss.detach()
-        return sum_over_workers([], total)
+        return summed(total)
 
     def update(self, rate: float) -> Tensor:
         """See Workers."""
