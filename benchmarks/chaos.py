@@ -2,7 +2,6 @@
 
     python -m benchmarks.chaos                        # all faults on two CPU workers, ten minutes
     python -m benchmarks.chaos worker driver          # some of them
-    python -m benchmarks.chaos --list
 
 Each fault strikes a run of the train command on the tiny model while it is computing. Where that ends the command, as
 a person would it is given again. Seconds are from the fault to the first new step, and to the command's end; the
@@ -11,7 +10,7 @@ longest pause is between two steps after that first one. The curve is compared s
 `raylet` and `link` start a Ray cluster of two nodes, the second one of `link` in a network namespace (root, `ip` of
 iproute2); `full-disk` mounts a small tmpfs (root), `slow-folder` a bindfs (root, apt-get install bindfs); `slow-store`
 and `store-cut` need $MOTO_SERVER, the path of `moto_server` in an environment of its own, whose versions are not ours
-(pip install "moto[s3,server]>=5.2.5").
+(`make test-store` makes .venv-store/bin/moto_server).
 """
 
 import argparse
@@ -87,6 +86,8 @@ class Run:
     out: Path
     flags: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    mend: Callable[[], None] = lambda: None
+    """Called when the run has made its first new step."""
     process: subprocess.Popen[str] | None = None
     commands: int = 0
 
@@ -213,16 +214,6 @@ def interrupt_the_driver(run: Run) -> str:
     return "Ctrl-C; given again"
 
 
-FAULTS: dict[str, Strike] = {
-    "worker": kill_a_worker,
-    "all-workers": kill_all_workers,
-    "slow-worker": stop_a_worker,
-    "controller": kill_the_controller,
-    "driver": kill_the_driver,
-    "interrupt": interrupt_the_driver,
-}
-
-
 @contextmanager
 def watched(run: Run) -> Iterator[list[float]]:
     """The times at which a run made a step, as they come."""
@@ -294,39 +285,26 @@ def curve(adapter: Path) -> list[tuple[int, float]]:
 
 def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
     """Run one fault."""
-    out = folder / name / "adapter"
+    run = Run(data, folder / name / "adapter")
     with ExitStack() as stack:
-        fault, mend = FAULTS.get(name), _nothing
-        if fault:
-            run = Run(data, out)
-        elif name == "raylet":
-            env, [_, node] = stack.enter_context(several_nodes())
-            run = Run(data, out, {"min_workers": 1}, env)
-            fault = _raylet_killer(node)
-        elif name == "link":
-            env, link = stack.enter_context(two_hosts())
-            run = Run(data, out, {"min_workers": 1}, env)
-            fault, mend = _link_cutter(link), partial(_mend, link)
-        elif name == "full-disk":
-            run = Run(data, out, {"storage": stack.enter_context(small_disk())})
-            fault = _disk_filler(Path(run.flags["storage"]))
-        elif name == "slow-folder":
-            run = Run(data, out, {"storage": stack.enter_context(folder_for_checkpoints())})
-            fault = _slow_folder(run.flags["storage"])
-        else:
-            line, place, keys = stack.enter_context(object_store())
-            run = Run(data, out, {"storage": place}, keys)
-            fault = {"slow-store": _slow_store, "store-cut": _cut_store}[name](line)
+        fault = FAULTS[name](run, stack)
         try:
             struck = strike(run, fault, name in GO_ON)
-            mend()
+            run.mend()
             return finish(run, *struck, expected)
         finally:
             if run.process:
                 end_tree(run.process.pid)
 
 
-def _raylet_killer(node: subprocess.Popen[bytes]) -> Strike:
+def _anywhere(fault: Strike) -> Callable[[Run, ExitStack], Strike]:
+    return lambda run, stack: fault
+
+
+def _raylet(run: Run, stack: ExitStack) -> Strike:
+    run.env, [_, node] = stack.enter_context(several_nodes())
+    run.flags = {"min_workers": 1}
+
     def kill(run: Run) -> str:
         below = psutil.Process(node.pid).children(recursive=True)
         [raylet] = [process for process in below if "raylet/raylet" in " ".join(_command_line(process))]
@@ -336,7 +314,10 @@ def _raylet_killer(node: subprocess.Popen[bytes]) -> Strike:
     return kill
 
 
-def _link_cutter(link: Link) -> Strike:
+def _link(run: Run, stack: ExitStack) -> Strike:
+    run.env, link = stack.enter_context(two_hosts())
+    run.flags, run.mend = {"min_workers": 1}, partial(_mend, link)
+
     def cut(run: Run) -> str:
         link.cut()
         return "the link between 2 nodes, until the first new step"
@@ -353,11 +334,10 @@ def _mend(link: Link) -> None:
         time.sleep(0.1)
 
 
-def _nothing() -> None:
-    """Most faults need no mending."""
+def _full_disk(run: Run, stack: ExitStack) -> Strike:
+    disk = stack.enter_context(small_disk())
+    run.flags = {"storage": disk}
 
-
-def _disk_filler(disk: Path) -> Strike:
     def fill(run: Run) -> str:
         filler = disk / "filler"
         assert run.process
@@ -375,7 +355,10 @@ def _disk_filler(disk: Path) -> Strike:
     return fill
 
 
-def _slow_folder(folder: Path) -> Strike:
+def _slow_folder(run: Run, stack: ExitStack) -> Strike:
+    folder = stack.enter_context(folder_for_checkpoints())
+    run.flags = {"storage": folder}
+
     def slow(run: Run) -> str:
         throttle(folder, SLOW_BYTES)
         return f"nothing; the folder of checkpoints takes {SLOW_BYTES // 1000} KB a second from now on"
@@ -383,7 +366,15 @@ def _slow_folder(folder: Path) -> Strike:
     return slow
 
 
-def _slow_store(line: Line) -> Strike:
+def _line_to_a_store(run: Run, stack: ExitStack) -> Line:
+    line, place, run.env = stack.enter_context(object_store())
+    run.flags = {"storage": place}
+    return line
+
+
+def _slow_store(run: Run, stack: ExitStack) -> Strike:
+    line = _line_to_a_store(run, stack)
+
     def slow(run: Run) -> str:
         line.delay_s = 0.25
         return "nothing; the store takes 0.25 s for 64 KB from now on"
@@ -391,7 +382,9 @@ def _slow_store(line: Line) -> Strike:
     return slow
 
 
-def _cut_store(line: Line) -> Strike:
+def _cut_store(run: Run, stack: ExitStack) -> Strike:
+    line = _line_to_a_store(run, stack)
+
     def cut(run: Run) -> str:
         line.cut = True
         time.sleep(6)
@@ -401,8 +394,22 @@ def _cut_store(line: Line) -> Strike:
     return cut
 
 
+FAULTS: dict[str, Callable[[Run, ExitStack], Strike]] = {
+    "worker": _anywhere(kill_a_worker),
+    "all-workers": _anywhere(kill_all_workers),
+    "slow-worker": _anywhere(stop_a_worker),
+    "controller": _anywhere(kill_the_controller),
+    "driver": _anywhere(kill_the_driver),
+    "interrupt": _anywhere(interrupt_the_driver),
+    "raylet": _raylet,
+    "link": _link,
+    "full-disk": _full_disk,
+    "slow-folder": _slow_folder,
+    "slow-store": _slow_store,
+    "store-cut": _cut_store,
+}
+"""Gives a run the place that the fault needs, and returns the fault."""
 GO_ON = {"slow-worker", "slow-folder", "slow-store", "store-cut"}  # faults that end no process
-ALL = [*FAULTS, "raylet", "link", "full-disk", "slow-folder", "slow-store", "store-cut"]
 
 
 def prepare_rows(folder: Path) -> str:
@@ -427,7 +434,7 @@ def undisturbed_curve(data: str, folder: Path) -> list[float]:
 def main() -> None:
     """Read the command line, run the faults, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", default=ALL, metavar="FAULT", help=", ".join(ALL))
+    parser.add_argument("faults", nargs="*", default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
