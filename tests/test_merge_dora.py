@@ -17,7 +17,8 @@ from cluster import storage
 from pipelines.evaluation import EvaluateConfig, evaluate
 from pipelines.folding import folded, read_updates
 from pipelines.merging import MergeConfig, merge
-from pipelines.training import LoraSettings, TrainConfig, train
+from pipelines.training import TrainConfig, train
+from pipelines.training_config import LoraSettings
 from tests.training_runs import SETTINGS
 
 IDS = torch.arange(5, 205)[None]
