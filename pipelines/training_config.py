@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from chatglm3.chat import PromptFormat
 from cluster.config import Config
 from pipelines.one_or_more import ONE_OR_MORE
+from pipelines.questions import LONGEST_ANSWER
 from pipelines.step import BaseFormat
 from pipelines.strategies import Strategy
 from pipelines.trackers import TrackerName
@@ -79,7 +80,7 @@ class TrainConfig(Config):
     away puts it off until the run has restarted; at the last step it follows the checkpoint."""
     score_rows: Annotated[int, BESIDE_THE_CURVE] = Field(32, ge=0)
     """Dev questions, always the same, that are answered and scored too whenever the dev loss is measured; 0: none."""
-    score_tokens: Annotated[int, BESIDE_THE_CURVE] = Field(128, ge=1)
+    score_tokens: Annotated[int, BESIDE_THE_CURVE] = Field(LONGEST_ANSWER, ge=1)
     """Longest of these answers in tokens."""
     patience: int = Field(0, ge=0)
     """Stop after so many evaluations without a lower dev loss, and keep the adapter that had the lowest; 0: go on to
