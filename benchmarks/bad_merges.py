@@ -16,9 +16,9 @@ from unittest.mock import patch
 from torch import Tensor
 
 from cluster import storage
-from pipelines.folding import Update, folded
 from pipelines.merging import MergeConfig, merge
-from pipelines.weight_formats import through_nf4
+from pipelines.weights.folding import Update, folded
+from pipelines.weights.weight_formats import through_nf4
 
 Fold = Callable[[Tensor, Sequence[Update]], Tensor]
 
@@ -55,7 +55,7 @@ WAYS: dict[str, Fold] = {
 def line(name: str, fold: Fold, adapter: str, data: str, out: Path) -> str:
     """A line of the table."""
     config = MergeConfig(adapter=adapter, data=data, measure=True, keep=True, out=str(out))
-    with patch("pipelines.folding.folded", fold), contextlib.redirect_stdout(io.StringIO()):
+    with patch("pipelines.weights.folding.folded", fold), contextlib.redirect_stdout(io.StringIO()):
         receipt = storage.open_folder(merge(config), "merge").receipt
     found, verdict = receipt.counts, "refused" if receipt.facts["verdict"] == "past the limits" else "written"
     numbers = f"{found['kl']:.4f} | {found['top1']:.1%} | {found['loss']:.4f} | {found['exact_match']:.1%}"

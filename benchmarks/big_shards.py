@@ -13,7 +13,7 @@ from typing import Any
 
 from chatglm3.tiny.knowledge import rows
 from chatglm3.tiny.worlds import DEMO
-from pipelines.shards import Sample, find_shards, parse_row
+from pipelines.rows.shards import Sample, find_shards, parse_row
 
 SHARD_BYTES = 256 << 20
 NEGATIVES = 99

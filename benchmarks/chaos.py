@@ -44,7 +44,7 @@ from benchmarks.fault_places import (
     two_hosts,
 )
 from chatglm3.tiny.knowledge import write_shards
-from pipelines.progress import read_metrics
+from pipelines.run.progress import read_metrics
 
 STEPS, STRIKE_AT = 16, 7
 SETTINGS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, T
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.recipes import ON_GPU, Lengths, Tick, example_lengths, is_budget, packed_lengths, padded, random_block
-from pipelines.packed_attention import flash_attention_2
+from pipelines.compute.packed_attention import flash_attention_2
 
 GROUPED_EXAMPLES = {"one-document": 4, "five-documents": 2, "long-answers": 4}
 """Examples of a batch under group_by_length: the longest ones come first, and must fit in 80 GB."""

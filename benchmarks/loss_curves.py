@@ -25,9 +25,9 @@ from chatglm3.chat import render
 from chatglm3.tiny.exam import demo_lessons, exact_match
 from chatglm3.tiny.lessons import Lesson
 from chatglm3.tokenizer import ChatGlmTokenizer, load_tokenizer
-from pipelines.batches import Padding, batches_ahead
-from pipelines.blocks import Block, BlockOrder
-from pipelines.step import answer_loss, run_batches, trainable_model
+from pipelines.compute.batches import Padding, batches_ahead
+from pipelines.compute.blocks import Block, BlockOrder
+from pipelines.compute.step import answer_loss, run_batches, trainable_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXAM = 256  # questions that the tuned model answers

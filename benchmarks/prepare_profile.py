@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from benchmarks.preparing import RECIPE
-from pipelines.lines import cut
-from pipelines.planning import Choices, make_plan
-from pipelines.row_files import Order, write_part
-from pipelines.survey import Rules, examine, join
+from pipelines.rows.lines import cut
+from pipelines.rows.planning import Choices, make_plan
+from pipelines.rows.row_files import Order, write_part
+from pipelines.rows.survey import Rules, examine, join
 
 STEPS = {
     "read lines": ("readline",),

@@ -22,11 +22,11 @@ import psutil
 
 from chatglm3 import example_ids, load_tokenizer
 from chatglm3.documents import seed_prompt
-from pipelines.cleaning import clean_sample
-from pipelines.lengths import Ruler
-from pipelines.recipe import Kitchen, Recipe, hardest_first, multidoc_rows
-from pipelines.shards import Sample, parse_row
-from pipelines.survey import sample_key
+from pipelines.rows.cleaning import clean_sample
+from pipelines.rows.lengths import Ruler
+from pipelines.rows.recipe import Kitchen, Recipe, hardest_first, multidoc_rows
+from pipelines.rows.shards import Sample, parse_row
+from pipelines.rows.survey import sample_key
 
 RECIPE = Recipe({2: 0.2, 4: 0.4, 6: 0.2, 9: 0.2}, 0.5, 0.1, 0.15, 0.05, True, 0.5, 0.8, 4096, 42)
 SAMPLE_EVERY_S = 0.2

@@ -3,7 +3,7 @@
     python -m benchmarks.ray_cost                  # two minutes on two cores
     python -m benchmarks.ray_cost --steps 100
 
-`step` is what a worker computes (pipelines.worker.Training.advance), exchanges with other workers included; `beside it`
+`step` is what a worker computes (Training.advance), exchanges with other workers included; `beside it`
 is all from the end of one step to the beginning of the next: metrics.jsonl and TensorBoard in every row, and under
 Ray its question whether a node will be taken away, in which all workers take part. Checkpoints are written at the end
 only. Medians, and the 95th percentile in brackets, in milliseconds; the first ten steps warm up.
@@ -20,9 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.chaos import SETTINGS, prepare_rows
 from cluster import session, storage
 from pipelines.model_folders import open_model
-from pipelines.progress import MetricsLog, read_metrics
+from pipelines.run.progress import MetricsLog, read_metrics
+from pipelines.run.worker import Training
 from pipelines.training import TrainConfig, make_plan, train
-from pipelines.worker import Training
 
 WARM_UP = 10
 

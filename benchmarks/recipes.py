@@ -15,9 +15,9 @@ from transformers import GlmForCausalLM
 from benchmarks.random_checkpoint import native_config, random_state
 from chatglm3 import load_model
 from chatglm3.quantization import NF4
-from pipelines.batches import Padding, batches_ahead
-from pipelines.blocks import Block
-from pipelines.step import compile_layers, recompute_layers, run_batches, with_adapters
+from pipelines.compute.batches import Padding, batches_ahead
+from pipelines.compute.blocks import Block
+from pipelines.compute.step import compile_layers, recompute_layers, run_batches, with_adapters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -59,7 +59,7 @@ def example_lengths(kind: str) -> Iterator[Lengths]:
 
 
 def packed_lengths(budget: int, kind: str) -> Iterator[list[Lengths]]:
-    """Blocks of lengths without end, filled as `pipelines.packing` fills them: first fit, longest first."""
+    """Blocks of lengths without end, filled as `pipelines.run.packing` fills them: first fit, longest first."""
     chance = np.random.default_rng(2)
     lengths = example_lengths(kind)
     while True:

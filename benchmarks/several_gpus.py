@@ -26,7 +26,7 @@ from benchmarks.fault_places import ray_environment
 from benchmarks.services import example_config, service
 from chatglm3.endpoint import Endpoint
 from cluster import session, storage
-from pipelines.progress import read_metrics
+from pipelines.run.progress import read_metrics
 from pipelines.training import TrainConfig, train
 from serve_app.load import Outcome, Prompt, at_once
 

@@ -49,7 +49,7 @@ import transformers
 
 from benchmarks import step_profile
 from benchmarks.recipes import DEVICE, ON_GPU, PREDECESSOR_STEPS, QUANTILES, make_model, model_key, run
-from pipelines.memory import linear_shapes
+from pipelines.run.memory import linear_shapes
 
 PROFILED = 2
 DEFAULT = [

@@ -15,14 +15,14 @@ from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from cluster.progress import track
-from pipelines.answering import ask_all
-from pipelines.comparison import compare
-from pipelines.evaluation_report import write_report
-from pipelines.gate import GATED, Earlier, judge, open_earlier
-from pipelines.metrics import MetricName
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
-from pipelines.questions import LONGEST_ANSWER, Answer, Row, groups_of, read_questions
-from pipelines.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
+from pipelines.scores.answering import ask_all
+from pipelines.scores.comparison import compare
+from pipelines.scores.evaluation_report import write_report
+from pipelines.scores.gate import GATED, Earlier, judge, open_earlier
+from pipelines.scores.metrics import MetricName
+from pipelines.scores.questions import LONGEST_ANSWER, Answer, Row, groups_of, read_questions
+from pipelines.scores.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
 WITHOUT_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}

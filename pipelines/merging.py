@@ -13,21 +13,21 @@ from chatglm3 import load_tokenizer
 from chatglm3.auto_tokenizer import write_auto_tokenizer
 from chatglm3.chat import TOOLS_CONTENT
 from cluster import storage
-from pipelines.calibration import read_errors, write_errors
-from pipelines.checksums import SUMS, verify, write_sums
-from pipelines.folding import MergedWeights
-from pipelines.gptq import calibrate
-from pipelines.merge_config import MergeConfig
-from pipelines.merge_inputs import make_facts, open_base, told_by_all
-from pipelines.merge_measures import judge, make_yardstick, measure, numbers, refused_report
-from pipelines.merge_report import REPORT
-from pipelines.merge_rows import calibration_ids, calibration_rows, data_digest, measuring_rows
-from pipelines.merge_verdict import Verdict
-from pipelines.model_card import write_card
 from pipelines.model_folders import ModelFolder, folder_digest
-from pipelines.weight_files import are_written, write_weights
-from pipelines.weight_formats import QUANTISE, Tensors, WeightFormat, is_quantised, quantization_config
-from pipelines.yardstick import in_memory
+from pipelines.weights.calibration import read_errors, write_errors
+from pipelines.weights.checksums import SUMS, verify, write_sums
+from pipelines.weights.folding import MergedWeights
+from pipelines.weights.gptq import calibrate
+from pipelines.weights.merge_config import MergeConfig
+from pipelines.weights.merge_inputs import make_facts, open_base, told_by_all
+from pipelines.weights.merge_measures import judge, make_yardstick, measure, numbers, refused_report
+from pipelines.weights.merge_report import REPORT
+from pipelines.weights.merge_rows import calibration_ids, calibration_rows, data_digest, measuring_rows
+from pipelines.weights.merge_verdict import Verdict
+from pipelines.weights.model_card import write_card
+from pipelines.weights.weight_files import are_written, write_weights
+from pipelines.weights.weight_formats import QUANTISE, Tensors, WeightFormat, is_quantised, quantization_config
+from pipelines.weights.yardstick import in_memory
 
 
 def merge(config: MergeConfig) -> str:

@@ -19,16 +19,16 @@ from chatglm3.documents import format_digest
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
-from pipelines.corpus import read_documents, write_corpus
-from pipelines.data_report import write_report
-from pipelines.data_statistics import Statistics
-from pipelines.lines import Piece, cut
-from pipelines.planning import Choices, Plan, make_plan
-from pipelines.recipe import Recipe
-from pipelines.row_files import Order, one_line, write_part
-from pipelines.shards import BadRow, find_shards, unreadable
-from pipelines.streaming import Item, Result, stream
-from pipelines.survey import Findings, Rules, examine, join
+from pipelines.rows.corpus import read_documents, write_corpus
+from pipelines.rows.data_report import write_report
+from pipelines.rows.data_statistics import Statistics
+from pipelines.rows.lines import Piece, cut
+from pipelines.rows.planning import Choices, Plan, make_plan
+from pipelines.rows.recipe import Recipe
+from pipelines.rows.row_files import Order, one_line, write_part
+from pipelines.rows.shards import BadRow, find_shards, unreadable
+from pipelines.rows.streaming import Item, Result, stream
+from pipelines.rows.survey import Findings, Rules, examine, join
 
 
 class PrepareConfig(Config):

@@ -19,12 +19,12 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
-from pipelines.block_files import BlockFile
+from pipelines.compute.block_files import BlockFile
 from pipelines.model_folders import open_model
 from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.report_page import as_svg, drawing, grid, write_page
+from pipelines.run.worker import Training, TrainingPlan
 from pipelines.training import TrainConfig, make_plan
-from pipelines.worker import Training, TrainingPlan
 
 TARGETS = {
     "qkv": ["q_proj", "k_proj", "v_proj"],

@@ -13,14 +13,14 @@ from ray.train import Checkpoint
 
 from cluster import session, storage
 from cluster.errors import StageError
-from pipelines.checkpoint_store import CheckpointStore
-from pipelines.memory import CHOICE
 from pipelines.model_folders import ModelFolder, open_model
-from pipelines.trackers import require
-from pipelines.training_config import BESIDE_THE_CURVE, TrainConfig
-from pipelines.training_plan import make_plan
-from pipelines.training_report import write_training_report
-from pipelines.training_run import run_plan
+from pipelines.run.checkpoint_store import CheckpointStore
+from pipelines.run.memory import CHOICE
+from pipelines.run.trackers import require
+from pipelines.run.training_config import BESIDE_THE_CURVE, TrainConfig
+from pipelines.run.training_plan import make_plan
+from pipelines.run.training_report import write_training_report
+from pipelines.run.training_run import run_plan
 
 
 def train(config: TrainConfig) -> str:

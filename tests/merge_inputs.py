@@ -12,9 +12,9 @@ from chatglm3 import load_model, load_tokenizer
 from chatglm3.quantization import NF4
 from chatglm3.tiny.exam import demo_lessons
 from cluster import storage
-from pipelines.agreement import shuffled_examples
-from pipelines.merge_rows import data_digest
 from pipelines.model_folders import open_model
+from pipelines.weights.agreement import shuffled_examples
+from pipelines.weights.merge_rows import data_digest
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 FACTS = {"prompt_format": "bare", "prompt_digest": "d", "preset": "seed"}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import StageError
-from pipelines.blocks import BlockOrder, share
-from pipelines.packing import Example, pack
+from pipelines.compute.blocks import BlockOrder, share
+from pipelines.run.packing import Example, pack
 
 
 def example(length: int, name: str = "train/a:1") -> Example:

@@ -11,9 +11,9 @@ from benchmarks import chaos, fault_places
 from cluster import storage
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
-from pipelines.progress import read_metrics
+from pipelines.run.progress import read_metrics
+from pipelines.run.worker import Training
 from pipelines.training import TrainConfig, make_plan
-from pipelines.worker import Training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from chatglm3.documents import REFUSAL
-from pipelines.comparison import compare, compare_scores
-from pipelines.metrics import Points, Score, score
+from pipelines.scores.comparison import compare, compare_scores
+from pipelines.scores.metrics import Points, Score, score
 
 
 def answers(right: int, wrong: int) -> list[Points]:

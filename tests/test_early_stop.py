@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from cluster import storage
 from pipelines.model_folders import open_model
-from pipelines.progress import read_metrics
+from pipelines.run.progress import read_metrics
+from pipelines.run.worker import Training
 from pipelines.training import TrainConfig, make_plan, train
-from pipelines.worker import Training
 from tests.training_runs import SETTINGS
 
 pytestmark = pytest.mark.slow

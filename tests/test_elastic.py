@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.chaos import Run
 from benchmarks.fault_places import BIN, end_tree, several_nodes
-from pipelines.progress import read_metrics
+from pipelines.run.progress import read_metrics
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

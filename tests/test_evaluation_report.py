@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from chatglm3.documents import REFUSAL, documents_prompt, seed_prompt
-from pipelines.comparison import compare
-from pipelines.evaluation_report import SHOWN_OF_A_KIND, failure_kinds, taken_apart, write_report
 from pipelines.model_folders import ModelFolder
-from pipelines.questions import Answer, Row
-from pipelines.score_report import Evaluation, Result
+from pipelines.scores.comparison import compare
+from pipelines.scores.evaluation_report import SHOWN_OF_A_KIND, failure_kinds, taken_apart, write_report
+from pipelines.scores.questions import Answer, Row
+from pipelines.scores.score_report import Evaluation, Result
 
 DOCUMENTS = ["归口部门是<b>售后组</b>。", "北京 & 上海\n\n[9] 不是编号"]
 

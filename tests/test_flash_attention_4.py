@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pipelines import flash_attention_4
-from pipelines.packed_attention import _one_by_one
+from pipelines.compute import flash_attention_4
+from pipelines.compute.packed_attention import _one_by_one
 
 BOUNDARIES, LONGEST, SCALE = torch.tensor([0, 5, 24, 24], dtype=torch.int32), 19, 0.3
 

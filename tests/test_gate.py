@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import StageError
-from pipelines.gate import GATED, Verdict, judge, open_earlier
-from pipelines.metrics import summarize
-from pipelines.questions import Row, digest, score_answer
+from pipelines.scores.gate import GATED, Verdict, judge, open_earlier
+from pipelines.scores.metrics import summarize
+from pipelines.scores.questions import Row, digest, score_answer
 
 ROWS: list[Row] = [
     {"id": f"a:{number}", "instruction": f"问{number}", "output": "北京[1]", "answer": "北京", "golden": 1}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipelines.gptq import quantise
-from pipelines.weight_formats import QUANTISE, group_scales, nearest_int4, spread
+from pipelines.weights.gptq import quantise
+from pipelines.weights.weight_formats import QUANTISE, group_scales, nearest_int4, spread
 
 
 @pytest.mark.parametrize(("weight_format", "largest"), [("fp8", 1 / 16), ("w4a16", 1 / 15)])

@@ -20,13 +20,13 @@ from chatglm3.chat import prompt_ids
 from chatglm3.engines import AdapterFolders, Engine, Sampling, complete, load_engine
 from chatglm3.engines.transformers_engine import TransformersEngine
 from cluster import storage
-from pipelines.memory import Memory
 from pipelines.merging import MergeConfig, merge
 from pipelines.model_folders import open_model
-from pipelines.progress import read_metrics
+from pipelines.run.memory import Memory
+from pipelines.run.progress import read_metrics
+from pipelines.run.utilisation import peak_flops
+from pipelines.run.worker import Training, TrainingPlan
 from pipelines.training import TrainConfig, make_plan, train
-from pipelines.utilisation import peak_flops
-from pipelines.worker import Training, TrainingPlan
 from tests.training_runs import curve, kill_a_worker_after_step
 
 pytestmark = [

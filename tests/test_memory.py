@@ -15,11 +15,11 @@ from benchmarks.random_checkpoint import CHATGLM3_6B, native_config
 from chatglm3.official import translate_config
 from cluster import storage
 from cluster.errors import StageError
-from pipelines import step
-from pipelines.memory import Memory, _fastest, _kept_eagerly, choose_memory, linear_shapes, needed_gb
+from pipelines.compute import step
+from pipelines.run.memory import Memory, _fastest, _kept_eagerly, choose_memory, linear_shapes, needed_gb
+from pipelines.run.training_run import LastingErrors
+from pipelines.run.worker import lora_config
 from pipelines.training import TrainConfig, _digest
-from pipelines.training_run import LastingErrors
-from pipelines.worker import lora_config
 
 QKV = {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]}
 MODEL = native_config(28)

@@ -15,10 +15,10 @@ from chatglm3.engines import AdapterFolders, Sampling, complete
 from chatglm3.engines.transformers_engine import TransformersEngine
 from cluster import storage
 from pipelines.evaluation import EvaluateConfig, evaluate
-from pipelines.folding import folded, read_updates
 from pipelines.merging import MergeConfig, merge
+from pipelines.run.training_config import LoraSettings
 from pipelines.training import TrainConfig, train
-from pipelines.training_config import LoraSettings
+from pipelines.weights.folding import folded, read_updates
 from tests.training_runs import SETTINGS
 
 IDS = torch.arange(5, 205)[None]

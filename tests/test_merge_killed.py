@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from chatglm3 import load_model
 from cluster import storage
 from cluster.errors import StageError
-from pipelines import weight_files
-from pipelines.checksums import SUMS, verify
-from pipelines.folding import folded
 from pipelines.merging import MergeConfig, merge
+from pipelines.weights import weight_files
+from pipelines.weights.checksums import SUMS, verify
+from pipelines.weights.folding import folded
 from tests.merge_inputs import demo_rows, tuned_adapter, tuned_tiny
 
 FILE_BYTES = 1_000_000  # the tiny model's weights in eight files, to be killed between two
@@ -114,7 +114,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_model_or_none_and_the_same_command_
 def test_a_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", FILE_BYTES)
+    monkeypatch.setattr("pipelines.weights.weight_files.FILE_BYTES", FILE_BYTES)
     config = MergeConfig(adapter=adapter, out=str(tmp_path / "model"))
     made: list[str] = []
 
@@ -124,7 +124,7 @@ def test_a_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not
             raise KeyboardInterrupt
         return folded(weight, updates)
 
-    monkeypatch.setattr("pipelines.folding.folded", dying)
+    monkeypatch.setattr("pipelines.weights.folding.folded", dying)
     with pytest.raises(KeyboardInterrupt):
         merge(config)
     (partial,) = tmp_path.iterdir()
@@ -148,7 +148,7 @@ def test_a_merge_goes_on_behind_the_files_that_it_wrote_and_another_one_does_not
 
 def test_a_merge_does_not_go_on_with_another_adapter_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """PEFT writes no receipt that would tell them apart."""
-    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", FILE_BYTES)
+    monkeypatch.setattr("pipelines.weights.weight_files.FILE_BYTES", FILE_BYTES)
     tuned_adapter("tiny", tmp_path / "adapter", std=0.2)
     adapter, out = str(tmp_path / "adapter"), tmp_path / "out/model"
     config = MergeConfig(adapter=adapter, base="tiny", prompt_format="chat", measure=False, out=str(out))
@@ -208,7 +208,7 @@ def test_a_merge_that_was_refused_is_kept_without_making_a_weight_again(
     (partial,) = tmp_path.glob(".model.partial-*")
     made = {file.relative_to(partial): file.stat().st_mtime_ns for file in partial.rglob("*.safetensors")}
     assert len(made) == {"16bit": 1, "auto": 2}[onto]
-    monkeypatch.setattr("pipelines.folding.folded", interrupt)
+    monkeypatch.setattr("pipelines.weights.folding.folded", interrupt)
     merge(config.model_copy(update={"keep": True}))
     assert (out / "model.safetensors").stat().st_mtime_ns in made.values()
     assert list(tmp_path.iterdir()) == [out]

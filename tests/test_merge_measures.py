@@ -19,17 +19,17 @@ from cluster import storage
 from cluster.commands import run_command
 from cluster.errors import StageError
 from pipelines.__main__ import STAGES
-from pipelines.agreement import Agreement, Example
-from pipelines.answering import ask_all
 from pipelines.evaluation import EvaluateConfig
-from pipelines.folding import MergedWeights, folded
-from pipelines.merge_measures import best_of
 from pipelines.merging import MergeConfig, merge
-from pipelines.metrics import summarize
 from pipelines.model_folders import open_model
-from pipelines.questions import Row, read_questions, score_answer
-from pipelines.weight_formats import through_nf4
-from pipelines.yardstick import Measured, live_model
+from pipelines.scores.answering import ask_all
+from pipelines.scores.metrics import summarize
+from pipelines.scores.questions import Row, read_questions, score_answer
+from pipelines.weights.agreement import Agreement, Example
+from pipelines.weights.folding import MergedWeights, folded
+from pipelines.weights.merge_measures import best_of
+from pipelines.weights.weight_formats import through_nf4
+from pipelines.weights.yardstick import Measured, live_model
 from tests.merge_inputs import kl, trained_tiny, tuned_adapter
 
 SETTINGS: dict[str, Any] = {"score_rows": 8, "score_tokens": 48}
@@ -159,7 +159,7 @@ def test_a_bad_merge_is_refused_and_says_by_how_much(
 ):
     config = MergeConfig(adapter={tuned: factor}, data=rows, out=str(tmp_path / "model"), **SETTINGS)
     right = storage.open_folder(merge(config)).receipt
-    monkeypatch.setattr("pipelines.folding.folded", folded_twice_in_place)
+    monkeypatch.setattr("pipelines.weights.folding.folded", folded_twice_in_place)
     bad = config.model_copy(update={"out": str(tmp_path / "bad")})
     with pytest.raises(
         StageError, match=r"too far from NF4 base .*: KL \d\.\d+, the limit is 0.1.*; loss .*--keep true"
@@ -187,7 +187,7 @@ def test_a_bad_merge_that_is_kept_does_not_pass_the_gate_of_the_right_one(
     config = MergeConfig(adapter=tuned, measure=False, out=str(tmp_path / "right"))
     right = merge(config)
     with monkeypatch.context() as in_place:
-        in_place.setattr("pipelines.folding.folded", folded_twice_in_place)
+        in_place.setattr("pipelines.weights.folding.folded", folded_twice_in_place)
         bad = merge(config.model_copy(update={"out": str(tmp_path / "bad"), "measure": True, "keep": True}))
     monkeypatch.setattr("cluster.commands.signal.signal", lambda *_: None)
 
@@ -210,7 +210,9 @@ def test_what_is_made_of_a_refused_model_carries_the_verdict_on_it(
     bad = tmp_path / "bad"
     config = MergeConfig(adapter=str(tmp_path / "adapter"), base="tiny", data=rows, score_rows=0, out=str(bad))
     with monkeypatch.context() as twice:
-        twice.setattr("pipelines.folding.folded", lambda weight, updates: folded(folded(weight, updates), updates))
+        twice.setattr(
+            "pipelines.weights.folding.folded", lambda weight, updates: folded(folded(weight, updates), updates)
+        )
         past_by = storage.open_folder(merge(config.model_copy(update={"keep": True}))).receipt.facts["past_by"]
     said = f"past the limits, kept by --keep true: {past_by}"
     for base, name in ((bad, "copy"), (tmp_path / "copy", "copy of the copy")):
@@ -279,7 +281,7 @@ def test_a_data_folder_without_rows_is_refused_and_without_one_it_says_that_it_d
 def test_a_large_model_is_measured_without_a_gpu_only_if_that_is_asked_for(
     tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pipelines.merge_rows.QUICK_BYTES", 1 << 20)
+    monkeypatch.setattr("pipelines.weights.merge_rows.QUICK_BYTES", 1 << 20)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     merge(MergeConfig(adapter=tuned, out=str(tmp_path / "model")))
     assert (

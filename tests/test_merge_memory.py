@@ -21,7 +21,7 @@ FILE_BYTES = 1 << 24  # the largest matrix has 11 MB
 PROGRAM = """
 import re, sys, threading, time
 from pathlib import Path
-from pipelines import weight_files
+from pipelines.weights import weight_files
 from pipelines.merging import MergeConfig, merge
 
 def own_memory():  # in bytes, without mapped files, which are the page cache's

@@ -22,8 +22,8 @@ from chatglm3.official import dequantise
 from chatglm3.quantization import INT8, NF4
 from cluster import storage
 from cluster.errors import StageError
-from pipelines.folding import MergedWeights
 from pipelines.merging import MergeConfig, merge
+from pipelines.weights.folding import MergedWeights
 from tests.merge_inputs import FACTS, TARGETS, digest, kl, tuned_adapter
 
 WEIGHTS = "model.safetensors"
@@ -447,7 +447,7 @@ def test_a_large_model_is_written_in_files_with_an_index_and_is_the_same(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     one = load_model(merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "one"), format="nf4"))).state_dict()
-    monkeypatch.setattr("pipelines.weight_files.FILE_BYTES", 100_000)
+    monkeypatch.setattr("pipelines.weights.weight_files.FILE_BYTES", 100_000)
     out = Path(merge(MergeConfig(adapter=str(adapter), out=str(tmp_path / "many"), format="nf4")))
     assert len(list(out.glob("model-*.safetensors"))) > 5
     many = load_model(out).state_dict()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chatglm3.documents import REFUSAL, cited_answer, parse_answer
-from pipelines.metrics import bleu, exact_match, f1, ngram_counts, rouge_l, score, segments, summarize
+from pipelines.scores.metrics import bleu, exact_match, f1, ngram_counts, rouge_l, score, segments, summarize
 
 
 def test_exact_match_ignores_case_and_punctuation_as_cmrc_2018_does():
@@ -131,7 +131,8 @@ def test_the_interval_is_that_of_the_documents_whose_rows_are_right_or_wrong_tog
 
 def test_scoring_is_silent_and_needs_no_torch():
     program = (
-        "import sys; from pipelines.metrics import rouge_l; rouge_l('你好', '你好'); assert 'torch' not in sys.modules"
+        "import sys; from pipelines.scores.metrics import rouge_l; rouge_l('你好', '你好');"
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

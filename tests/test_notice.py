@@ -13,12 +13,12 @@ import torch
 from ray.train import Checkpoint
 
 from cluster import storage
-from pipelines import worker
 from pipelines.model_folders import open_model
-from pipelines.progress import read_metrics
-from pipelines.saving import UNKNOWN
+from pipelines.run import worker
+from pipelines.run.progress import read_metrics
+from pipelines.run.saving import UNKNOWN
+from pipelines.run.worker import Training, TrainingPlan, train_worker
 from pipelines.training import TrainConfig, make_plan
-from pipelines.worker import Training, TrainingPlan, train_worker
 from tests.training_runs import SETTINGS
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import StageError
-from pipelines.packing import PackingConfig, encode_row
 from pipelines.predecessor import translate_flags
-from pipelines.shards import Conversation, parse_row
+from pipelines.rows.shards import Conversation, parse_row
+from pipelines.run.packing import PackingConfig, encode_row
 
 QLORA: dict[str, Any] = {
     "output_dir": "saved_files/chatglm3-6b_QLoRA",

@@ -16,12 +16,12 @@ from chatglm3.bm25 import plain_text
 from chatglm3.chat import render
 from chatglm3.documents import REFUSAL, parse_answer, seed_prompt
 from cluster.errors import StageError
-from pipelines.cleaning import digest
-from pipelines.corpus import open_corpus, write_corpus
 from pipelines.preparation import PrepareConfig, prepare
-from pipelines.shards import Sample
-from pipelines.streaming import stream
-from pipelines.survey import sample_key
+from pipelines.rows.cleaning import digest
+from pipelines.rows.corpus import open_corpus, write_corpus
+from pipelines.rows.shards import Sample
+from pipelines.rows.streaming import stream
+from pipelines.rows.survey import sample_key
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

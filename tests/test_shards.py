@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import StageError
-from pipelines.lines import Line, Piece, RowError, cut, read_lines
 from pipelines.preparation import PrepareConfig, write_data
-from pipelines.shards import Conversation, Sample, find_shards, parse_row, unreadable
-from pipelines.survey import Findings, Rules, examine, join
+from pipelines.rows.lines import Line, Piece, RowError, cut, read_lines
+from pipelines.rows.shards import Conversation, Sample, find_shards, parse_row, unreadable
+from pipelines.rows.survey import Findings, Rules, examine, join
 
 DIRTY = Path(__file__).resolve().parents[2] / "shared/data/dirty"
 CASES = json.loads((DIRTY / "manifest.json").read_text())["cases"] if DIRTY.is_dir() else [{"id": "absent"}]
@@ -100,7 +100,7 @@ def test_pieces_of_any_size_give_the_lines_of_the_file(tmp_path: Path, parts: li
 
 
 def test_a_line_that_is_too_long_is_one_bad_row_and_is_never_held(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("pipelines.lines.LONGEST_LINE", 100)
+    monkeypatch.setattr("pipelines.rows.lines.LONGEST_LINE", 100)
     path = tmp_path / "a.json"
     path.write_bytes(b"a" * 250 + b"\n{}\n" + b"b" * 99 + b"\n")
     lines = list(read_lines(Piece(str(path), 0, path.stat().st_size, "a.json")))

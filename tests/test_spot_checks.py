@@ -10,12 +10,12 @@ from chatglm3 import load_tokenizer
 from chatglm3.chat import PromptFormat
 from chatglm3.tiny import FOLDER
 from cluster import storage
+from pipelines.compute.step import compile_layers
 from pipelines.model_folders import open_model
-from pipelines.questions import score_answer
-from pipelines.spot_checks import SpotCheck, draw_questions
-from pipelines.step import compile_layers
+from pipelines.run.spot_checks import SpotCheck, draw_questions
+from pipelines.run.worker import Training, TrainingPlan
+from pipelines.scores.questions import score_answer
 from pipelines.training import TrainConfig, make_plan
-from pipelines.worker import Training, TrainingPlan
 from tests.training_runs import SETTINGS
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 
 from chatglm3 import load_model
-from pipelines.batches import Padding, batches_ahead, to_batch
-from pipelines.blocks import Block
-from pipelines.cross_entropy import CHUNK, summed_cross_entropy
-from pipelines.fp8_linear import Fp8Linear
-from pipelines.step import (
+from pipelines.compute.batches import Padding, batches_ahead, to_batch
+from pipelines.compute.blocks import Block
+from pipelines.compute.cross_entropy import CHUNK, summed_cross_entropy
+from pipelines.compute.fp8_linear import Fp8Linear
+from pipelines.compute.step import (
     _ScaledEarly,
     answer_loss,
     compile_layers,

@@ -19,10 +19,10 @@ from chatglm3 import load_model
 from chatglm3.quantization import NF4
 from cluster import storage
 from cluster.errors import StageError
+from pipelines.compute.zero import keep_no_weight
 from pipelines.model_folders import open_model
+from pipelines.run.worker import Training, TrainingPlan
 from pipelines.training import TrainConfig, make_plan, train
-from pipelines.worker import Training, TrainingPlan
-from pipelines.zero import keep_no_weight
 from tests.training_runs import SETTINGS, assert_same_curve, kill_a_worker_after_step, scores
 
 pytestmark = pytest.mark.slow

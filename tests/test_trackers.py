@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.fault_places import free_port
 from cluster.errors import StageError
-from pipelines.trackers import SECONDS_TO_FINISH, TrackerName, require, tracked
+from pipelines.run.trackers import SECONDS_TO_FINISH, TrackerName, require, tracked
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is not installed; it comes with the extra dev")
 wandb = pytest.importorskip("wandb", reason="wandb is not installed; it comes with the extra dev")
@@ -116,7 +116,7 @@ def test_a_server_that_is_gone_is_warned_of_once_and_has_all_steps_when_it_is_ba
 def test_a_server_that_does_not_answer_holds_the_end_of_training_up_for_seconds_only(
     local: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipelines.trackers.SECONDS_TO_FINISH", 2.0)
+    monkeypatch.setattr("pipelines.run.trackers.SECONDS_TO_FINISH", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
@@ -126,7 +126,7 @@ def test_a_server_that_does_not_answer_holds_the_end_of_training_up_for_seconds_
 
 
 def test_wandb_without_a_key_is_warned_of_and_asks_for_none_on_the_terminal(tmp_path: Path) -> None:
-    script = "import pathlib, sys; from pipelines.trackers import tracked\n"
+    script = "import pathlib, sys; from pipelines.run.trackers import tracked\n"
     script += "with tracked(['wandb'], pathlib.Path(sys.argv[1]), {}): pass"
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "xterm", "WANDB_BASE_URL": "http://127.0.0.1:9"}

@@ -18,13 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.chaos import curve
 from cluster import session, storage
 from cluster.errors import StageError
-from pipelines.checkpoint_store import COPY, LIST, CheckpointStore
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
-from pipelines.progress import MetricsLog, describe, read_metrics
+from pipelines.run.checkpoint_store import COPY, LIST, CheckpointStore
+from pipelines.run.progress import MetricsLog, describe, read_metrics
+from pipelines.run.training_plan import who_waits
+from pipelines.run.training_run import _tell_where_it_begins
 from pipelines.training import TrainConfig, _publish, train
-from pipelines.training_plan import who_waits
-from pipelines.training_run import _tell_where_it_begins
 from tests.training_runs import (
     SETTINGS,
     assert_same_curve,
@@ -162,7 +162,7 @@ def test_an_error_that_new_workers_would_meet_again_ends_the_run_at_once(
 def test_a_worker_killed_while_it_rewrites_its_metrics_loses_none(tmp_path: Path) -> None:
     rows = [{"step": step, "loss": 4.0 - step, "seconds": 2.0, "saving_seconds": 0.5, "workers": 3} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"ste')
-    command = "import os, pathlib, sys; from pipelines.progress import MetricsLog; "
+    command = "import os, pathlib, sys; from pipelines.run.progress import MetricsLog; "
     command += (
         "pathlib.Path.replace = lambda *_: os.kill(os.getpid(), 9); MetricsLog(pathlib.Path(sys.argv[1])).begin(1, 3)"
     )
@@ -298,8 +298,8 @@ def test_checkpoints_that_no_list_has_are_deleted_when_a_run_begins_and_nothing_
 FILL = """
 import pathlib, resource, sys, torch
 from peft import LoraConfig
-from pipelines.checkpoints import save_checkpoint
-from pipelines.step import trainable_model
+from pipelines.run.checkpoints import save_checkpoint
+from pipelines.compute.step import trainable_model
 lora = LoraConfig(r=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
 model = trainable_model("tiny", "fp32", lora, torch.device("cpu"))
 for limit in (20_000, 400_000):  # the adapter's file has 200 KB, the other one more

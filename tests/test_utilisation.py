@@ -9,14 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.random_checkpoint import native_config
-from pipelines.batches import to_batch
-from pipelines.block_files import BlockFile, write_blocks
-from pipelines.blocks import Block
-from pipelines.progress import describe
-from pipelines.step import answer_loss, trainable_model
-from pipelines.training_report import summary, write_training_report
-from pipelines.utilisation import peak_flops, step_flops
-from pipelines.worker import lora_config
+from pipelines.compute.batches import to_batch
+from pipelines.compute.block_files import BlockFile, write_blocks
+from pipelines.compute.blocks import Block
+from pipelines.compute.step import answer_loss, trainable_model
+from pipelines.run.progress import describe
+from pipelines.run.training_report import summary, write_training_report
+from pipelines.run.utilisation import peak_flops, step_flops
+from pipelines.run.worker import lora_config
 
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "rslora": False, "dora": False}
 

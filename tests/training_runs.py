@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import chaos
 from benchmarks.chaos import curve
-from pipelines.progress import read_metrics
+from pipelines.run.progress import read_metrics
 
 STEPS = 12
 SETTINGS: dict[str, Any] = chaos.SETTINGS | {"max_steps": STEPS}

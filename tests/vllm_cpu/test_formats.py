@@ -10,11 +10,11 @@ import pytest
 from chatglm3.engines import EngineName, Sampling, load_engine
 from chatglm3.tokenizer import load_tokenizer
 from cluster import storage
-from pipelines.answering import ask_all
 from pipelines.merging import MergeConfig, merge
-from pipelines.metrics import summarize
-from pipelines.questions import read_questions, score_answer
-from pipelines.weight_formats import WeightFormat
+from pipelines.scores.answering import ask_all
+from pipelines.scores.metrics import summarize
+from pipelines.scores.questions import read_questions, score_answer
+from pipelines.weights.weight_formats import WeightFormat
 from tests.merge_inputs import demo_rows, trained_tiny
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")

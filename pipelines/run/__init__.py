@@ -1,0 +1,1 @@
+"""A training run: its settings and plan, workers, checkpoints, progress, report."""

@@ -1,0 +1,82 @@
+"""When a training writes a checkpoint, and how it is handed to Ray Train, which uploads it while training goes on."""
+
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+
+from pipelines.compute.exchange import any_worker
+from pipelines.run.progress import MetricsLog
+
+if TYPE_CHECKING:
+    from pipelines.run.worker import Training
+
+Urgency = Literal["when idle", "in turn", "at once"]
+"""Behind a checkpoint that is still uploading: not at all, once that counts, or without waiting for it."""
+# Checkpoints are kept by their dev loss. Ray Train writes infinity as null, which it cannot read.
+UNKNOWN = sys.float_info.max
+
+
+class Saver:
+    """A training's checkpoints. All workers call the same methods in the same order; the first one writes.
+
+    Training does not stand still for a slow store: a checkpoint that falls due during an upload is skipped. Only the
+    best one of a run that is to keep it waits, and training with it. So a fault costs the steps since the last
+    checkpoint that counts: those of one upload and one interval at most.
+    """
+
+    def __init__(self, training: "Training") -> None:
+        self._training = training
+        self._counts = threading.Event()
+        """Whether the last checkpoint is in Ray Train's list, so that a restart would find it."""
+        self._counts.set()
+        # One place for the run on this machine: what a killed worker left there goes when the next one begins.
+        self._place = Path(tempfile.gettempdir()) / f"checkpoints-{zlib.crc32(training.plan.folder.encode()):08x}"
+        if training.rank == 0:
+            shutil.rmtree(self._place, ignore_errors=True)
+        self._folder: str | None = None
+        self._written = False
+
+    def save(self, urgency: Urgency) -> dict[str, float]:
+        """Write a checkpoint where it can be handed over from, or skip it; returns what is to be recorded of it."""
+        started = time.monotonic()
+        training = self._training
+        if urgency == "when idle" and any_worker(not self._counts.is_set(), training.device):
+            return {}
+        if urgency == "in turn":
+            self._counts.wait()
+        if training.rank == 0:
+            self._place.mkdir(exist_ok=True)
+            self._folder = tempfile.mkdtemp(dir=self._place)
+        training.save(Path(self._folder) if self._folder else None)
+        self._written = True
+        return {"saving_seconds": time.monotonic() - started}
+
+    def report(self, metrics: dict[str, float], log: MetricsLog | None) -> None:
+        """Hand over what `save` wrote, if it did, and the curve with it."""
+        if not self._written:
+            return
+        if self._folder and log:
+            log.copy_to(Path(self._folder))
+        ray.train.report(
+            {"dev_loss": UNKNOWN} | metrics,
+            checkpoint=Checkpoint.from_directory(self._folder) if self._folder else None,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        )
+        self._written = False
+        self._counts = threading.Event()
+        threading.Thread(target=self._wait, args=(self._counts,), daemon=True).start()
+
+    def _wait(self, counts: threading.Event) -> None:
+        """In a thread: the coordinator that is asked may itself be waiting for the store."""
+        try:
+            ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+        finally:
+            counts.set()

@@ -1,0 +1,1 @@
+"""What answers are worth: questions, metrics, comparisons, the gate, their reports."""
