@@ -432,7 +432,7 @@ def test_the_card_says_who_loads_the_format_and_under_which_licence(weight_forma
     for name in ("tiny", str(base), str(licensed)):
         out = Path(merge(MergeConfig(base=name, format=weight_format, out=str(tmp_path / "model"))))
         cards[name] = (out / "README.md").read_text()
-    assert ("vLLM 0.32 alone refuses it (tried on a CPU)" in cards["tiny"]) == (weight_format == "nf4")
+    assert ("vLLM with the package `vllm-bnb-plugin`" in cards["tiny"]) == (weight_format == "nf4")
     assert "license: apache-2.0\n---" in cards["tiny"]
     assert "license_name: chatglm3-6b-model-license\n---" in cards[str(base)]
     assert "license_name: chatglm3-6b-model-license\nlicense_link: MODEL_LICENSE\n---" in cards[str(licensed)]
