@@ -354,7 +354,7 @@ class StillbornEngine(FailingEngine):
 )
 def test_a_stream_that_fails_before_its_first_token_has_a_status_to_try_again_by(tokenizer, path, fields):
     with served(make_api(StillbornEngine(), tokenizer, "tiny", "chat")) as url:
-        response = httpx.post(f"{url}{path}", json={"model": "tiny", "stream": True, **fields})
+        response = httpx.post(f"{url}{path}", json={"model": "tiny", "stream": True, **fields}, timeout=60)
     assert error_of(response) == (503, None, "engine_error")
     assert response.headers["retry-after"] == "1"
 
