@@ -137,7 +137,8 @@ def test_load_adds_a_replica_beyond_it_requests_are_refused_and_a_killed_replica
         endings = sum([client.result() for client in clients], Counter())
     wait_for(lambda: len(replicas(APP) - {first}) == 2, 90)
     assert endings["503, try again in 1 s"] > 0
-    assert 0 < endings["broken"] <= 4  # those that were under way on it
+    # Those that were under way on it; on a busy machine the proxy sends it as many more before it knows of its end.
+    assert 0 < endings["broken"] <= 8
     assert set(endings) <= {"answered", "503, try again in 1 s", "broken"}
     assert [ask(url).status_code for _ in range(10)] == [200] * 10
 
