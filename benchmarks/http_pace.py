@@ -11,39 +11,10 @@ passes through.
 
 import argparse
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from benchmarks.fault_places import ray_environment
-from benchmarks.services import Service, haproxy_environment, service
-from benchmarks.serving_cost import bare, load, p50_p99
-from benchmarks.stand_in import config
+from benchmarks.serving_cost import PLACES, load, p50_p99
 
 STREAMS, TOKENS, TOKENS_PER_S = 256, 128, 7267 / 256
-
-
-@contextmanager
-def behind_serve(joins: bool) -> Iterator[Service]:
-    """Behind Ray Serve's own proxy."""
-    with service(config(TOKENS_PER_S, joins), ray_environment()) as running:
-        yield running
-
-
-@contextmanager
-def behind_haproxy(joins: bool) -> Iterator[Service]:
-    """Behind HAProxy, as Ray Serve runs it."""
-    with haproxy_environment() as env, service(config(TOKENS_PER_S, joins), env) as running:
-        yield running
-
-
-@contextmanager
-def alone(joins: bool) -> Iterator[Service]:
-    """The application under uvicorn."""
-    with bare(TOKENS_PER_S, joins) as running:
-        yield running
-
-
-PLACES = {"uvicorn alone": alone, "Ray Serve": behind_serve, "Ray Serve, HAProxy": behind_haproxy}
 
 
 def main() -> None:
@@ -54,7 +25,7 @@ def main() -> None:
     made = STREAMS * TOKENS / ((TOKENS - 2) / TOKENS_PER_S)
     for name, place in PLACES.items():
         for joins in (False, True):
-            with place(joins) as running:
+            with place(TOKENS_PER_S, joins) as running:
                 found = asyncio.run(load(running, STREAMS, STREAMS, TOKENS))
             seconds = max(one.ended for one in found.outcomes) - min(one.sent for one in found.outcomes)
             rate = STREAMS * TOKENS / seconds

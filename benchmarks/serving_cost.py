@@ -50,16 +50,16 @@ def bare(tokens_per_s: float = TOKENS_PER_S, joins: bool = False) -> Iterator[Se
 
 
 @contextmanager
-def behind_proxy() -> Iterator[Service]:
+def behind_proxy(tokens_per_s: float = TOKENS_PER_S, joins: bool = False) -> Iterator[Service]:
     """Behind Ray Serve's own proxy, in Python."""
-    with service(config(TOKENS_PER_S), ray_environment()) as running:
+    with service(config(tokens_per_s, joins), ray_environment()) as running:
         yield running
 
 
 @contextmanager
-def behind_haproxy() -> Iterator[Service]:
+def behind_haproxy(tokens_per_s: float = TOKENS_PER_S, joins: bool = False) -> Iterator[Service]:
     """Behind HAProxy, as Ray Serve runs it."""
-    with haproxy_environment() as env, service(config(TOKENS_PER_S), env) as running:
+    with haproxy_environment() as env, service(config(tokens_per_s, joins), env) as running:
         yield running
 
 

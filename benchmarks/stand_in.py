@@ -40,34 +40,28 @@ class StandIn:
         """`joins`: what is due is one piece, and pieces come at the pace of the vLLM engine's."""
         self._tokens_per_s, self._joins = tokens_per_s, joins
         self._pacing = Pacing()
-        self._running = 0
 
     @property
     def load(self) -> Load:
         """See `Engine.load`."""
-        return Load(self._running, waiting=0, waiting_tokens=0, cache_use=0.0)
+        return Load(self._pacing.streams, waiting=0, waiting_tokens=0, cache_use=0.0)
 
     async def prepare(self, sampling: Sampling) -> None:
         """See `Engine.prepare`."""
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`."""
-        self._running += 1
-        began = time.monotonic()
-        try:
+        began, said = time.monotonic(), 1
+        with self._pacing.stream():
             yield Delta("\n", (5,))  # ends ChatGLM3's metadata line
-            said = 1
-            with self._pacing.stream():
-                while (left := sampling.max_tokens - said) > 0:
-                    if self._joins:
-                        await self._pacing.pause()
-                    await asyncio.sleep(began + (said - 1) / self._tokens_per_s - time.monotonic())
-                    due = 2 + int((time.monotonic() - began) * self._tokens_per_s) - said
-                    count = min(left, due) if self._joins else 1
-                    said += count
-                    yield Delta("word " * count, (5,) * count, "length" if count == left else None)
-        finally:
-            self._running -= 1
+            while (left := sampling.max_tokens - said) > 0:
+                if self._joins:
+                    await self._pacing.pause()
+                await asyncio.sleep(began + (said - 1) / self._tokens_per_s - time.monotonic())
+                due = 2 + int((time.monotonic() - began) * self._tokens_per_s) - said
+                count = min(left, due) if self._joins else 1
+                said += count
+                yield Delta("word " * count, (5,) * count, "length" if count == left else None)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -13,17 +13,17 @@ class Pacing:
     """Counts the streams that one process writes; each pauses after a piece the longer, the more they are."""
 
     def __init__(self) -> None:
-        self._streams = 0
+        self.streams = 0
 
     @contextmanager
     def stream(self) -> Iterator[None]:
         """For as long as a stream is written."""
-        self._streams += 1
+        self.streams += 1
         try:
             yield
         finally:
-            self._streams -= 1
+            self.streams -= 1
 
     async def pause(self) -> None:
         """Wait before the next piece; what comes meanwhile is to be joined to it."""
-        await asyncio.sleep(PAUSE_PER_STREAM_S * self._streams)
+        await asyncio.sleep(PAUSE_PER_STREAM_S * self.streams)

@@ -32,6 +32,7 @@ from pipelines.run.progress import MetricsLog
 from pipelines.run.saving import Saver, Urgency
 from pipelines.run.spot_checks import METRICS, SpotCheck
 from pipelines.run.utilisation import peak_flops, step_flops
+from pipelines.scores.questions import LONGEST_ANSWER
 
 
 class TrainingPlan(Config):
@@ -65,7 +66,7 @@ class TrainingPlan(Config):
     prompt_format: PromptFormat = "chat"
     questions: str = ""
     """File of dev rows to answer at each evaluation; "": none."""
-    score_tokens: int = 128
+    score_tokens: int = LONGEST_ANSWER
 
 
 def train_worker(settings: dict[str, Any]) -> None:
