@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from chatglm3.engines import Delta, Engine, Load, PromptTooLong, Sampling
 from serve_app import metrics
@@ -54,8 +55,8 @@ class MeteredEngine:
             raise PromptTooLong(
                 f"the prompt has {len(prompt_ids)} tokens, and {self._max_prompt_tokens} are allowed here"
             )
-        deltas = self._engine.generate(prompt_ids, sampling)
         record = current.get() or RequestRecord("")
+        deltas = self._engine.generate(prompt_ids, replace(sampling, client=record.key))
         record.model = sampling.adapter or self._metrics.model
         return self._measured(prompt_ids, deltas, record)
 

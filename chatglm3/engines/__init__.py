@@ -79,6 +79,8 @@ class Sampling:
     """What the answer must look like."""
     adapter: str = ""
     """Name of the LoRA adapter that answers; empty is the model itself."""
+    client: str = ""
+    """Who asks: where requests wait, clients take turns by their tokens."""
     drawn: tuple[int, ...] = ()
     """Tokens that an engine drew for this answer before it died: the answer goes on after them, and they count."""
 

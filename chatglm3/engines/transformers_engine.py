@@ -6,6 +6,8 @@ long prompt does not hold up the others; what is then left, one id, is what a re
 """
 
 import asyncio
+import heapq
+import itertools
 import logging
 import threading
 from collections import deque
@@ -34,6 +36,7 @@ from chatglm3.engines import (
     UnknownAdapter,
 )
 from chatglm3.engines.decode_graphs import Capture, DecodeGraphs, cuda_captures
+from chatglm3.engines.fair_turns import FairTurns
 from chatglm3.engines.guide import GuideCompiler, raise_if_stuck
 from chatglm3.engines.request_check import check_request
 from chatglm3.engines.row_adapters import Adapter, RowAdapters
@@ -141,7 +144,10 @@ class TransformersEngine:
         self._cache = SlotCache(config.num_hidden_layers, self.max_batch, self.context_length)
         self._graphs = DecodeGraphs(self._pass, self._cache, model.device, captures) if captures else None
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()
-        self._waiting: deque[_Request] = deque()
+        self._waiting: list[tuple[int, int, _Request]] = []
+        """A heap of turn, number of the arrival, and request."""
+        self._turns = FairTurns()
+        self._numbers = itertools.count()
         self._reading: deque[_Request] = deque()
         """Running requests whose prompts are not read yet; the first has the next turn."""
         self._death: str | None = None
@@ -157,7 +163,7 @@ class TransformersEngine:
     @property
     def load(self) -> Load:
         """What it has to do; see `Engine.load`."""
-        running, waiting = list(self.running), [*self._waiting]
+        running, waiting = list(self.running), [request for _, _, request in list(self._waiting)]
         cached = sum(request.cached for request in running)
         return Load(
             running=len(running),
@@ -236,7 +242,8 @@ class TransformersEngine:
             request = self._arrivals.get()
             if request is None:
                 return False
-            self._waiting.append(request)
+            turn = self._turns.take(request.sampling.client, len(request.ids) + request.sampling.max_tokens)
+            heapq.heappush(self._waiting, (turn, next(self._numbers), request))
         return True
 
     def _retire(self) -> None:
@@ -249,10 +256,11 @@ class TransformersEngine:
                     self.running[row] = last
 
     def _admit(self) -> None:
-        """Give free rows to waiting requests, first come, first served."""
+        """Give free rows to waiting requests."""
         while self._waiting and len(self.running) < self.max_batch:
-            request = self._waiting.popleft()
+            turn, _, request = heapq.heappop(self._waiting)
             if not request.ended:
+                self._turns.begin(turn)
                 self._cache.erase(len(self.running))
                 self.running.append(request)
                 self._reading.append(request)
@@ -367,7 +375,7 @@ class TransformersEngine:
     def _die(self, reason: str) -> None:
         """Refuse new requests and fail those under way."""
         self._death = reason
-        requests = [*self.running, *self._waiting]
+        requests = [*self.running, *(request for _, _, request in self._waiting)]
         while not self._arrivals.empty():
             request = self._arrivals.get()
             requests += [request] if request else []

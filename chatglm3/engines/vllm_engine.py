@@ -37,6 +37,7 @@ from chatglm3.engines import (
 )
 from chatglm3.engines.adapter_folders import written_at
 from chatglm3.engines.choice import native_folder
+from chatglm3.engines.fair_turns import FairTurns
 from chatglm3.engines.guide import GuideCompiler
 from chatglm3.engines.pacing import Pacing
 from chatglm3.engines.request_check import check_request
@@ -87,6 +88,7 @@ def engine_arguments(
         "model": str(folder),
         "dtype": _dtype(dtype),
         "max_num_seqs": max_batch,
+        "scheduling_policy": "priority",  # which is the turn of each request
         "max_model_len": read_config(folder).max_position_embeddings,
         "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),
         "speculative_config": dict(NGRAM) if speculate else None,
@@ -122,6 +124,7 @@ class VllmEngine:
         self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
         self._pacing = Pacing()
+        self._turns = FairTurns()
         self._speculate = speculate
         self.adapters = adapters or AdapterFolders()
         self.context_length: int = self._config.max_position_embeddings
@@ -176,16 +179,19 @@ class VllmEngine:
         adapter.users += 1
         text = TextStream(self._tokenizer, sampling.stop)
         text.push(sampling.drawn)
+        turn = self._turns.take(sampling.client, len(prompt_ids) + sampling.max_tokens)
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
                 _params(sampling, self._tokenizer.stop_ids),
                 uuid.uuid4().hex,
                 lora_request=adapter.request,
+                priority=turn,
             )
             async with aclosing(outputs):  # which aborts the request
                 with self._pacing.stream():
                     async for output in outputs:
+                        self._turns.begin(turn)
                         delta = self._delta(output.outputs[0], text, sampling.logprobs or 0)
                         yield delta
                         if delta.finish_reason:
