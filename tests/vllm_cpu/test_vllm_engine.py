@@ -112,6 +112,21 @@ def test_greedy_answers_are_those_of_the_embedded_engine(
     assert found == wanted
 
 
+def test_clients_take_turns_where_requests_wait(run: Run, vllm: Engine, prompts: list[list[int]]):
+    answered: list[str] = []
+
+    async def ask(client: str) -> None:
+        await complete(vllm, prompts[0], replace(ENDLESS, max_tokens=100, client=client))
+        answered.append(client)
+
+    async def flood() -> None:
+        await asyncio.gather(*(ask("flooding") for _ in range(48)), ask("quiet"))
+
+    run(flood())
+    assert len(answered) == 49
+    assert answered.index("quiet") < 33  # it was in the second of the engine's batches of 16, not in the fourth
+
+
 def test_an_answer_goes_on_where_an_engine_that_died_left_off(
     run: Run, vllm: Engine, embedded: Engine, prompts: list[list[int]]
 ):
