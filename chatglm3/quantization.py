@@ -3,7 +3,7 @@
 import torch
 from transformers import BitsAndBytesConfig
 
-NF4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
@@ -11,5 +11,5 @@ NF4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
 )
 """4-bit NormalFloat with double quantisation, computed in bfloat16: QLoRA's (arXiv:2305.14314)."""
 
-INT8 = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+INT8 = BitsAndBytesConfig(load_in_8bit=True)
 """LLM.int8() (arXiv:2208.07339)."""

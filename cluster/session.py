@@ -59,12 +59,12 @@ def _start_private_session(quiet: dict[str, Any]) -> None:
 
 def gpus_per_worker(use_gpu: bool | None) -> int:
     """GPUs of a worker, 1 or 0: as asked or, unless asked, 1 where the cluster has GPUs now."""
-    return int(bool(ray.cluster_resources().get("GPU")) if use_gpu is None else use_gpu)  # type: ignore[no-untyped-call]
+    return int(bool(ray.cluster_resources().get("GPU")) if use_gpu is None else use_gpu)
 
 
 def require(workers: int, cpus_each: float, gpus_each: float) -> None:
     """Raise StageError when the cluster as it stands, with no autoscaler to ask, cannot hold `workers`."""
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    have = ray.cluster_resources()
     for name, each in (("CPU", cpus_each), ("GPU", gpus_each)):
         if workers * each > have.get(name, 0) and not _autoscales():
             raise StageError(

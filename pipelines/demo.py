@@ -26,9 +26,11 @@ from chatglm3.tiny.knowledge import write_shards
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.evaluation import EvaluateConfig, evaluate
-from pipelines.merging import MergeConfig, merge
+from pipelines.merging import merge
 from pipelines.preparation import PrepareConfig, prepare
-from pipelines.training import TrainConfig, train
+from pipelines.run.training_config import TrainConfig
+from pipelines.training import train
+from pipelines.weights.merge_config import MergeConfig
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 120

@@ -25,7 +25,7 @@ from pipelines.scores.questions import LONGEST_ANSWER, Answer, Row, groups_of, r
 from pipelines.scores.score_report import Evaluation, Result, draw_scores, print_scores, write_rows, write_scores
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
-WITHOUT_GPU = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+WITHOUT_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
 
 
 def _split_at_commas(value: Any) -> Any:
@@ -138,7 +138,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Ans
         # Restarting for ever, Ray Data's default, would hide a model that kills its process.
         max_restarts=0,
         num_gpus=gpus,
-        **({} if gpus else WITHOUT_GPU),
+        runtime_env=None if gpus else WITHOUT_GPU,
     )
     try:
         arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows))

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class ModelFolder:
         for an incomplete or damaged folder.
         """
         weights = open_weights(self.path)
-        tensors = {name: tensor for name, (_, tensor) in weights.items()}
+        tensors: Mapping[str, torch.Tensor] = {name: tensor for name, (_, tensor) in weights.items()}
         if self.config["model_type"] == "chatglm" and "quantization_bit" not in self.config:
             tensors = official.native_tensors(self.path, weights, read_config(self.path))
         digest = hashlib.sha256()

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,8 @@ def _split_equals(flags: list[str]) -> list[str]:
     return [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--") else [flag])]
 
 
-def _value(flag: str, words: Any) -> str:
+def _value(flag: str, words: Iterator[str]) -> str:
     value = next(words, None)
     if value is None:
         raise StageError(f"{flag} needs a value")
-    return str(value)
+    return value

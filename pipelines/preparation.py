@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -98,7 +98,7 @@ class PrepareConfig(Config):
         return {value: 1.0} if isinstance(value, int) else value
 
     @model_validator(mode="after")
-    def _shares_add_up(self) -> "PrepareConfig":
+    def _shares_add_up(self) -> Self:
         if min(self.distractors) < 0 or min(self.distractors.values()) < 0:
             raise ValueError("distractors maps numbers from 0 up to their shares, for example {2: 0.5, 4: 0.5}")
         if abs(sum(self.distractors.values()) - 1) > 0.01:
@@ -260,7 +260,7 @@ def _sources(plan: Plan, found: Findings, name_of_piece: list[str]) -> Iterator[
         yield {"id": key.decode(), "file": name_of_piece[piece], "line": line}
 
 
-def _fields(kind: Any) -> set[str]:
+def _fields(kind: type[Choices | Recipe]) -> set[str]:
     return {field.name for field in fields(kind)}
 
 

@@ -23,8 +23,9 @@ from pipelines.compute.block_files import BlockFile
 from pipelines.model_folders import open_model
 from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.report_page import as_svg, drawing, grid, write_page
+from pipelines.run.training_config import TrainConfig
+from pipelines.run.training_plan import make_plan
 from pipelines.run.worker import Training, TrainingPlan
-from pipelines.training import TrainConfig, make_plan
 
 TARGETS = {
     "qkv": ["q_proj", "k_proj", "v_proj"],
@@ -107,8 +108,10 @@ def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -
     grid_of_results = tuner.fit()
     if len(grid_of_results) == grid_of_results.num_errors:
         raise StageError(f"every trial failed: {' '.join(str(grid_of_results.errors[0]).split())[-300:]}")
-    for result in grid_of_results:
+    for number in range(len(grid_of_results)):
+        result = grid_of_results[number]
         if result.error is None:
+            assert result.config and result.metrics_dataframe is not None  # it has told of its last step at least
             points = result.metrics_dataframe[["step", "dev_loss"]].to_numpy().tolist()
             yield result.config["settings"] | {"dev_loss": min(loss for _, loss in points), "points": points}
 

@@ -112,6 +112,7 @@ def _inputs(config: TrainConfig) -> tuple[storage.Folder, ModelFolder]:
 
 def _published(keep: str, result: ray.train.Result) -> tuple[Checkpoint, dict[str, Any]]:
     """The newest checkpoint or the one of lowest dev loss, as `keep` says; and its metrics."""
+    assert result.checkpoint and result.metrics and result.best_checkpoints  # the last step wrote one at least
     if keep == "best":
         return min(result.best_checkpoints, key=lambda kept: kept[1]["dev_loss"])
     return result.checkpoint, result.metrics

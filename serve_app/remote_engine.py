@@ -108,7 +108,7 @@ class RemoteEngine:
                     yield item
             finally:
                 if not is_complete:  # the client went away, or the replica is out of reach and may still write
-                    answer.cancel()  # type: ignore[no-untyped-call]  # raises what the answer was refused by, again
+                    answer.cancel()  # raises what the answer was refused by, again
 
 
 @contextmanager

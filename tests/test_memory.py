@@ -109,7 +109,7 @@ class FourBitProduct(torch.autograd.Function):
 def bytes_kept(layers: int, tokens: int, wanted: TrainConfig) -> int:
     """All that autograd saves of a forward pass as zero3's on a GPU, each storage once; weights included."""
     glm = GlmForCausalLM(translate_config(Path("."), SMALL | {"num_layers": layers})).bfloat16()
-    model = step.with_adapters(glm, "bf16", lora_config(wanted.lora.model_dump()))
+    model = step.with_adapters(glm, "bf16", lora_config(wanted.lora))
     glm.set_attn_implementation("kernel")
     for layer in model.modules():
         if type(layer) is nn.Linear and not layer.weight.requires_grad and wanted.base_format == "nf4":

@@ -14,11 +14,12 @@ from pipelines.compute.block_files import BlockFile, write_blocks
 from pipelines.compute.blocks import Block
 from pipelines.compute.step import answer_loss, trainable_model
 from pipelines.run.progress import describe
+from pipelines.run.training_config import LoraSettings
 from pipelines.run.training_report import summary, write_training_report
 from pipelines.run.utilisation import peak_flops, step_flops
 from pipelines.run.worker import lora_config
 
-LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "rslora": False, "dora": False}
+LORA = LoraSettings(rank=8, alpha=16, dropout=0.0, targets=["q_proj", "down_proj"])
 
 
 def test_flops_are_those_that_pytorch_counts(tiny: Path) -> None:
@@ -34,10 +35,10 @@ def test_flops_are_those_that_pytorch_counts(tiny: Path) -> None:
 
 
 def test_a_token_of_chatglm3_6b_needs_what_the_benchmark_counts_and_its_adapters_and_attention() -> None:
-    lora = {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]}
-    base = step_flops(native_config(28), lora | {"targets": []}, 1, 0, 0)
-    assert base == 4 * 5_710_544_896
-    assert step_flops(native_config(28), lora, 1, 0, 0) - base == 6 * 28 * 4 * (3 * 4096 + 4096 + 2 * 256)
+    ranks = [LoraSettings(rank=rank, targets=["q_proj", "k_proj", "v_proj"]) for rank in (4, 8)]
+    four, eight = (step_flops(native_config(28), lora, 1, 0, 0) for lora in ranks)
+    of_adapters = 6 * 28 * 4 * (3 * 4096 + 4096 + 2 * 256)
+    assert (four - of_adapters, eight - four) == (4 * 5_710_544_896, of_adapters)
 
 
 def test_pairs_are_counted_within_examples(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(options.out)
     torch.manual_seed(options.seed)
-    model: Any = GlmForCausalLM(translate_config(options.out, CONFIG))  # type: ignore[no-untyped-call]
+    model: Any = GlmForCausalLM(translate_config(options.out, CONFIG))
     model.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     steps = train(model, options)
     write_official(model, options.out)

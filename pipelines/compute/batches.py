@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +74,15 @@ def to_batch(block: Block, device: torch.device, padding: Padding | None = None)
 
 
 def _sent(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     # Only from pinned memory does a copy run beside what the GPU is doing.
-    sent = {
-        name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in values.items()
-    }
-    return PackedBatch(**sent)
+    sent: dict[str, Any] = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in _tensors(batch)}
+    return replace(batch, **sent)
+
+
+def _tensors(batch: PackedBatch) -> Iterator[tuple[str, Tensor]]:
+    for field in fields(batch):
+        if isinstance(value := getattr(batch, field.name), Tensor):
+            yield field.name, value
 
 
 def batches_ahead(
@@ -121,7 +124,6 @@ class Timed:
 def _arrived(batch: PackedBatch, copied: torch.cuda.Event) -> PackedBatch:
     stream = torch.cuda.current_stream()
     stream.wait_event(copied)
-    for field in fields(batch):
-        if isinstance(value := getattr(batch, field.name), Tensor):
-            value.record_stream(stream)  # its memory is not given to the next copy while it is being read
+    for _, tensor in _tensors(batch):
+        tensor.record_stream(stream)  # its memory is not given to the next copy while it is being read
     return batch

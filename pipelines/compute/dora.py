@@ -8,8 +8,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from pipelines.compute.fp8_linear import Fp8Linear
 
-class FactoredDora(DoraLinearVariant):  # type: ignore[misc]
+
+class FactoredDora(DoraLinearVariant):
     """PEFT's DoRA layer, but for how the rows' norms of W + s B A are found.
 
     PEFT dequantises W and multiplies B A out for each batch, and takes an fp8 weight for what it is without its scales.
@@ -24,7 +26,9 @@ class FactoredDora(DoraLinearVariant):  # type: ignore[misc]
         # PEFT rounds the magnitudes it begins with to the weight's 16 bits.
         layer.lora_magnitude_vector[adapter].weight.data = norms
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(  # type: ignore[override]  # PEFT's is static: it holds nothing of a layer
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
         """The layer's output for `x`: magnitude / norm times what W + s B A makes of it, and the bias."""
         base, scale = module.get_base_layer(), module.scaling[active_adapter]
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -33,17 +37,17 @@ class FactoredDora(DoraLinearVariant):  # type: ignore[misc]
         # With dropout, PEFT's update sees no input that was dropped, in the frozen weight's share of it either.
         product = (result if kept else base(dropped.to(result.dtype))).float()
         product = product if base.bias is None else product - base.bias
-        ratio = module.lora_magnitude_vector[active_adapter].weight / self.norms(
+        ratio: Tensor = module.lora_magnitude_vector[active_adapter].weight / self.norms(
             base, a.weight, b.weight, scale, result.dtype
         )
         # In fp32, or gradients lose a tenth to rounding; compiled, it costs nothing.
-        added = (ratio - 1) * product + ratio * b(a(dropped) * scale).float()
+        added: Tensor = (ratio - 1) * product + ratio * b(a(dropped) * scale).float()
         return (result.float() + added).to(result.dtype)
 
     @torch.no_grad()
-    def norms(self, base: nn.Module, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def norms(self, base: nn.Linear | Fp8Linear, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """Norms of the rows of W + scale B A, which count as constants in the backward pass, as in PEFT."""
-        of_a = base(a.to(dtype)).float()
+        of_a: Tensor = base(a.to(dtype)).float()
         if base.bias is not None:
             of_a = of_a - base.bias.float()
         with torch.autocast(a.device.type, enabled=False):

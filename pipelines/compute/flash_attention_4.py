@@ -16,7 +16,7 @@ CAPABILITIES = (9, 10)
 """Major compute capabilities that it has kernels for, both passes: Hopper and Blackwell."""
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_there(device: torch.device) -> bool:
     """Whether the package is installed and has kernels for this GPU."""
     return _is_installed() and torch.cuda.get_device_capability(device)[0] in CAPABILITIES
@@ -51,7 +51,7 @@ def attend(
 
 @attend.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = query.shape
+    tokens, heads = query.shape[:2]
     return query.new_empty(query.shape), query.new_empty((heads, tokens), dtype=torch.float32)
 
 

@@ -52,7 +52,8 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scales)
         quantised, x_scales = quantise_rows(x.flatten(0, -2))
-        return _product(quantised, x_scales, weight, scales, x.dtype).unflatten(0, x.shape[:-1])
+        y: Tensor = _product(quantised, x_scales, weight, scales, x.dtype).unflatten(0, x.shape[:-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -62,7 +62,7 @@ def _prepare_adapter(layer: LoraLayer, casts: bool) -> None:
         layer.cast_input_dtype_enabled = False  # or PEFT raises their input to fp32
 
 
-class _ScaledEarly(LoraVariant):  # type: ignore[misc]
+class _ScaledEarly(LoraVariant):
     """PEFT's LoRA with its scale before the second product, where there are `rank` numbers a token, not thousands.
 
     Behind it, the backward pass would write a scaled copy of the whole output's gradient.
@@ -73,6 +73,13 @@ class _ScaledEarly(LoraVariant):  # type: ignore[misc]
         low_rank = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         added: Tensor = module.lora_B[active_adapter](low_rank * module.scaling[active_adapter])
         return result + added
+
+
+def base_of(model: PeftModel) -> GlmForCausalLM:
+    """The network that the adapters are in."""
+    glm = model.get_base_model()
+    assert isinstance(glm, GlmForCausalLM)
+    return glm
 
 
 def recompute_layers(model: PeftModel) -> None:
@@ -86,13 +93,13 @@ def compile_layers(model: PeftModel) -> None:
     # Every size that padding grows to has three forms: the first layer's, the others', and evaluation's. After eight
     # forms of a function torch would run it uncompiled, for good.
     torch._dynamo.config.recompile_limit = 64
-    for layer in model.get_base_model().model.layers:
+    for layer in base_of(model).model.layers:
         layer.compile(dynamic=False)
 
 
 def answer_loss(model: PeftModel, batch: PackedBatch) -> Tensor:
     """Sum of the cross-entropy over the block's answer tokens, in fp32; logits exist at those tokens only."""
-    glm: GlmForCausalLM = model.get_base_model()
+    glm = base_of(model)
     with adapters_in_base_dtype(glm):
         hidden = glm.model(
             input_ids=batch.input_ids,
@@ -114,7 +121,7 @@ def adapters_in_base_dtype(glm: GlmForCausalLM) -> AbstractContextManager[object
 
 
 def _casts_adapters(glm: GlmForCausalLM) -> bool:
-    embeddings = glm.model.embed_tokens.weight
+    embeddings: Tensor = glm.model.embed_tokens.weight
     return embeddings.is_cuda and embeddings.dtype == torch.bfloat16
 
 

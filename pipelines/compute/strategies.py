@@ -1,6 +1,7 @@
 """How workers share a step. ddp: each holds everything, and gradients are added up; zero.py has DeepSpeed's ways."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -32,7 +33,7 @@ class Workers(Protocol):
     def optimizer_state(self) -> dict[str, Any]:
         """AdamW's whole state_dict(), the same for every strategy and number of workers."""
 
-    def whole(self) -> Any:
+    def whole(self) -> AbstractContextManager[object]:
         """A context in which the adapters are whole on this worker."""
 
 
@@ -46,7 +47,9 @@ class Replicated:
 
     equal_rounds = False
 
-    def __init__(self, model: PeftModel, optimizer: torch.optim.AdamW, max_grad_norm: float, state: Any) -> None:
+    def __init__(
+        self, model: PeftModel, optimizer: torch.optim.AdamW, max_grad_norm: float, state: dict[str, Any] | None
+    ) -> None:
         self.model, self.optimizer, self.max_grad_norm = model, optimizer, max_grad_norm
         self.parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
         if state:
@@ -73,6 +76,6 @@ class Replicated:
         """See Workers."""
         return self.optimizer.state_dict()
 
-    def whole(self) -> Any:
+    def whole(self) -> AbstractContextManager[object]:
         """See Workers."""
         return torch.no_grad()

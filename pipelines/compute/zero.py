@@ -7,19 +7,20 @@ adapters of `train`'s defaults, as pipelines/run/memory.py reckons it).
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from torch import Tensor, nn
 
 from pipelines.compute.batches import PackedBatch
 from pipelines.compute.exchange import summed
-from pipelines.compute.step import answer_loss, seed_dropout
+from pipelines.compute.step import answer_loss, base_of, seed_dropout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +31,12 @@ class Sharded:
     equal_rounds = True  # each backward pass, and with zero3 each layer, is an exchange in which all take part
 
     def __init__(
-        self, model: PeftModel, optimizer: torch.optim.AdamW, max_grad_norm: float, state: Any, stage: int
+        self,
+        model: PeftModel,
+        optimizer: torch.optim.AdamW,
+        max_grad_norm: float,
+        state: dict[str, Any] | None,
+        stage: int,
     ) -> None:
         if not next(model.parameters()).is_cuda:  # whatever GPUs the node has
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -50,7 +56,7 @@ class Sharded:
                 keep_no_weight(layer)
         loss = _AnswerLoss(model)
         # Its forward pass takes the output layer's weight itself; others are gathered as their layers are called.
-        deepspeed.zero.register_external_parameter(loss, model.get_base_model().lm_head.weight)
+        deepspeed.zero.register_external_parameter(loss, base_of(model).lm_head.weight)
         self.engine, self.sharded, _, _ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         if state:
             self._load(state["state"])
@@ -86,9 +92,12 @@ class Sharded:
         moments = [{name: get(p, name).cpu() for name in MOMENTS} for p in self.parameters]
         return {"state": dict(enumerate({"step": step, **m} for m in moments)), "param_groups": self.groups}
 
-    def whole(self) -> Any:
+    def whole(self) -> AbstractContextManager[object]:
         """See Workers."""
-        return self.api.zero.GatheredParameters(self.parameters, enabled=self.stage == 3)
+        gathered: AbstractContextManager[object] = self.api.zero.GatheredParameters(
+            self.parameters, enabled=self.stage == 3
+        )
+        return gathered
 
     def _load(self, state: dict[int, dict[str, Tensor]]) -> None:
         flat = (
@@ -115,7 +124,7 @@ class Sharded:
 
 def keep_no_weight(layer: Linear4bit) -> None:
     """Have a frozen 4-bit layer take its weight anew in the backward pass, in which DeepSpeed has gathered it again."""
-    layer.forward = lambda x: _FourBitProduct.apply(x, layer)
+    layer.forward = lambda x: _FourBitProduct.apply(x, layer)  # type: ignore[method-assign, no-untyped-call]
 
 
 class _FourBitProduct(torch.autograd.Function):
@@ -124,11 +133,12 @@ class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return Linear4bit.forward(layer, x)
+        y: Tensor = Linear4bit.forward(layer, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        weight = dequantize_4bit(ctx.layer.weight, ctx.layer.weight.quant_state)
+        weight: Tensor = dequantize_4bit(ctx.layer.weight, ctx.layer.weight.quant_state)
         return gradients[0] @ weight.to(gradients[0].dtype), None
 
 

@@ -3,21 +3,14 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import render
 from chatglm3.fitting import NUMBERING
+from chatglm3.tokenizer import ChatGlmTokenizer
 from chatglm3.windows import window
 
 SHORTEST_DOCUMENT = 32  # tokens; a document that would be cut below this is left out instead
-
-
-class Tokenizer(Protocol):
-    """What measuring needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids."""
 
 
 @dataclass
@@ -32,10 +25,10 @@ class Document:
 class Ruler:
     """Lengths in tokens of a question and its answer, as training will see them in the chat format."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: ChatGlmTokenizer) -> None:
         self.tokenizer = tokenizer
         empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        self.overhead = len(render(tokenizer, empty)[0])  # type: ignore[arg-type]
+        self.overhead = len(render(tokenizer, empty)[0])
 
     def tokens(self, text: str) -> int:
         """Of a text alone."""

@@ -94,7 +94,7 @@ def conversation_row(conversation: Conversation, key: str, kitchen: Kitchen) -> 
     if is_plain and [message["role"] for message in messages] == ["user", "assistant"]:
         row = {"instruction": messages[0]["content"], "output": messages[1]["content"], "id": key}
         return _built(row, "conversation", kitchen.ruler)
-    ids, is_target = render(kitchen.ruler.tokenizer, messages, conversation.tools)  # type: ignore[arg-type]
+    ids, is_target = render(kitchen.ruler.tokenizer, messages, conversation.tools)
     row = {"messages": messages, **({"tools": conversation.tools} if conversation.tools else {}), "id": key}
     return Built(row, "conversation", len(ids) - sum(is_target), sum(is_target))
 

@@ -56,7 +56,7 @@ def _run(function: Callable[..., Any], items: Sequence[Any], workers: int, commo
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
     outcomes = dataset.map(
-        _Caller,
+        _Caller,  # type: ignore[arg-type]  # Ray takes classes too
         fn_kwargs={"function": function, "shared": [ray.put(common)]},  # once, not with every item
         # Actors, not tasks: those would import everything again in each of Ray's waiting processes.
         compute=ray.data.ActorPoolStrategy(size=min(workers or _cpus(), len(items))),
@@ -69,7 +69,7 @@ class _Caller:
     common: dict[str, Any] | None = None
 
     def __call__(
-        self, row: dict[str, Any], function: Callable[..., Any], shared: list[ray.ObjectRef]
+        self, row: dict[str, Any], function: Callable[..., Any], shared: list[ray.ObjectRef[dict[str, Any]]]
     ) -> dict[str, Outcome]:
         if self.common is None:
             self.common = ray.get(shared[0])
@@ -81,5 +81,5 @@ class _Caller:
 
 def _cpus() -> int:
     """A private session has more tickets than the machine has CPUs: see cluster.session."""
-    nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes: int = sum(node["Alive"] for node in ray.nodes())
     return max(1, min(int(ray.cluster_resources().get("CPU", 1)), nodes * (os.cpu_count() or 1)))

@@ -154,7 +154,7 @@ def _check_sample(sample: Sample, rules: Rules) -> None:
 
 
 def _check_conversation(conversation: Conversation, rules: Rules) -> None:
-    tokenizer: Any = ruler_of(rules.tokenizer).tokenizer
+    tokenizer = ruler_of(rules.tokenizer).tokenizer
     try:
         tokens = len(render(tokenizer, conversation.messages, conversation.tools)[0])
     except ModelError as error:

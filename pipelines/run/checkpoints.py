@@ -24,7 +24,7 @@ def save_checkpoint(model: PeftModel, state: dict[str, Any], folder: Path) -> No
     torch.save(state, held)  # into a file, torch would not say that a disk is full
     with _errors_of_the_system(folder):
         # Told not to look for changed embeddings, PEFT does not ask the network what the base's were.
-        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         (folder / "state.pt").write_bytes(held.getbuffer())
 
 

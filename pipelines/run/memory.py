@@ -113,6 +113,7 @@ def base_bytes(model: GlmConfig, base_format: BaseFormat, workers: int = 1) -> f
 def linear_shapes(model: GlmConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of a decoder layer's linear layers."""
     h, f = model.hidden_size, model.intermediate_size
+    assert model.head_dim and model.num_key_value_heads
     heads, groups = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
     return {
         "q_proj": (heads, h),
@@ -150,7 +151,7 @@ def _kept_eagerly(model: GlmConfig, config: TrainConfig, bytes_each: int) -> int
     targets = config.lora.targets
     in_fp32 = 2 * (h + 1) + model.num_attention_heads  # of both norms, and the attention's sums
     queries, keys = shapes["q_proj"][0], shapes["k_proj"][0]
-    numbers = 2 * (queries + keys) + 3 * f + model.head_dim + config.lora.rank * len(targets)
+    numbers = 2 * (queries + keys) + 3 * f + queries // model.num_attention_heads + config.lora.rank * len(targets)
     # Dropout leaves each adapter a copy of its input, and a mask of bytes.
     copied = sum(shapes[name][1] for name in targets) if config.lora.dropout else 0
     # Others keep the input itself, and so does DeepSpeed's product with a frozen weight, which 4-bit layers go without.

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ def pack_split(data: storage.Folder, split: str, config: PackingConfig, cache: P
     folder = cache / f"{split}-{digest[:16]}"
     if storage.read_receipt(folder) is None:
         receipt = storage.receipt_of("pack", config, inputs={str(data.path): data.digest})
-        with storage.publish(folder, receipt) as partial:
-            examples = _encode_all(files, config, data.receipt.counts[split]) if files else ()
+        with storage.publish(folder, receipt) as packed:
+            examples = _encode_all(files, config, int(data.receipt.counts[split])) if files else ()
             receipt.counts.update(
-                write_blocks(map(_merge, pack(examples, config.block_tokens)), partial / "blocks.parquet")
+                write_blocks(map(_merge, pack(examples, config.block_tokens)), packed / "blocks.parquet")
             )
     return folder / "blocks.parquet"
 
@@ -104,7 +104,7 @@ def _encode_all(files: list[Path], config: PackingConfig, total: int) -> Iterato
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     lines = ray.data.read_text([str(file.resolve()) for file in files], include_paths=True)
     encoded = lines.repartition(target_num_rows_per_block=WINDOW).map_batches(
-        _encode_batch, batch_format="numpy", fn_kwargs={"settings": config.model_dump()}
+        partial(_encode_batch, config=config), batch_format="numpy"
     )
     path, number = "", 0
     for row in track(encoded.iter_rows(), "tokenize", total):
@@ -116,8 +116,7 @@ def _encode_all(files: list[Path], config: PackingConfig, total: int) -> Iterato
         yield Example(row["input_ids"], row["is_target"], name)
 
 
-def _encode_batch(batch: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, Any]:
-    config = PackingConfig(**settings)
+def _encode_batch(batch: dict[str, np.ndarray], config: PackingConfig) -> dict[str, Any]:
     columns: dict[str, Any] = {"path": batch["path"], "input_ids": [], "is_target": [], "error": []}
     for line in batch["text"]:
         ids, targets, error = encode_row(str(line), config)

@@ -5,17 +5,16 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GlmForCausalLM
 
 from chatglm3 import load_tokenizer, parse_reply
 from chatglm3.chat import PromptFormat, question_ids
 from pipelines.compute import packed_attention
-from pipelines.compute.step import adapters_in_base_dtype
+from pipelines.compute.step import adapters_in_base_dtype, base_of
 from pipelines.scores.questions import Row, score_answer
 
 METRICS = ("exact_match", "f1")
@@ -67,12 +66,13 @@ class SpotCheck:
             pad_token_id=self.tokenizer.pad_id,
         )
         with _answering(model) as glm:
-            found: Tensor = glm.generate(
+            found = glm.generate(  # type: ignore[misc]  # transformers wants another `self` than its own models
                 input_ids=ids.to(glm.device),
                 attention_mask=is_there.to(glm.device),
                 generation_config=likeliest,
                 synced_gpus=in_step,
             )
+        assert isinstance(found, Tensor)
         return [self._text(answer) for answer in found[:, width:].tolist()]
 
     def _text(self, ids: list[int]) -> str:
@@ -82,9 +82,9 @@ class SpotCheck:
 
 
 @contextmanager
-def _answering(model: PeftModel) -> Iterator[Any]:
+def _answering(model: PeftModel) -> Iterator[GlmForCausalLM]:
     """The network as one that generates; afterwards it is the one that trains again, compiled as it was."""
-    glm = model.get_base_model()
+    glm = base_of(model)
     model.eval()
     glm.set_attn_implementation("sdpa")
     try:

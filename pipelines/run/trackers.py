@@ -104,7 +104,7 @@ class _Wandb:
         self._run.finish(exit_code=int(not succeeded))
 
 
-_TRACKERS = {"mlflow": _Mlflow, "wandb": _Wandb}
+_TRACKERS: dict[TrackerName, Callable[[str | None, Path, Settings], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}
 
 
 class _Follower:

@@ -75,8 +75,8 @@ def _trainer(config: TrainConfig, plan: TrainingPlan, store: CheckpointStore, gp
     return TorchTrainer(
         train_worker,
         train_loop_config=plan.model_dump(),
-        scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # to mypy, `ray.train` has its older classes
+            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,  # type: ignore[arg-type]
             use_gpu=bool(gpus),
             resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1},
             elastic_resize_monitor_interval_s=SECONDS_BETWEEN_RESIZES,

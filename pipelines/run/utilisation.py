@@ -1,12 +1,11 @@
 """How much of a GPU's matrix roof a training step uses: the FLOPs that it needs, over what the vendor promises."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from transformers import GlmConfig
 
 from pipelines.run.memory import linear_shapes
+from pipelines.run.training_config import LoraSettings
 
 PEAK_TFLOPS = {
     r"NVIDIA B200": 2250,
@@ -35,7 +34,7 @@ def peak_flops(device: str) -> float | None:
     return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, device)), None)
 
 
-def step_flops(model: GlmConfig, lora: Mapping[str, Any], tokens: int, attended: int, targets: int) -> float:
+def step_flops(model: GlmConfig, lora: LoraSettings, tokens: int, attended: int, targets: int) -> float:
     """FLOPs that a step needs, forwards and backwards; recomputing, padding, norms and activations are not counted.
 
     A product takes 2 FLOPs for each weight and token. Going back, it is done again for the inputs' gradient, and where
@@ -46,7 +45,7 @@ def step_flops(model: GlmConfig, lora: Mapping[str, Any], tokens: int, attended:
     """
     shapes = linear_shapes(model)
     frozen = sum(rows * columns for rows, columns in shapes.values())
-    adapters = lora["rank"] * sum(sum(shapes[name]) for name in lora["targets"])
-    width = model.num_attention_heads * model.head_dim
+    adapters = lora.rank * sum(sum(shapes[name]) for name in lora.targets)
+    width = shapes["q_proj"][0]
     layers = model.num_hidden_layers * (tokens * (4 * frozen + 6 * adapters) + 12 * width * attended)
     return float(layers + 4 * model.vocab_size * model.hidden_size * targets)

@@ -31,6 +31,7 @@ from pipelines.run.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.run.progress import MetricsLog
 from pipelines.run.saving import Saver, Urgency
 from pipelines.run.spot_checks import METRICS, SpotCheck
+from pipelines.run.training_config import LoraSettings
 from pipelines.run.utilisation import peak_flops, step_flops
 from pipelines.scores.questions import LONGEST_ANSWER
 
@@ -40,7 +41,7 @@ class TrainingPlan(Config):
 
     base: str
     base_format: BaseFormat
-    lora: dict[str, Any]
+    lora: LoraSettings
     recompute: bool
     compiled: bool = True
     """Whether a GPU's decoder layers are compiled, which takes half a minute and a C compiler."""
@@ -284,7 +285,7 @@ class Training:
                 save_checkpoint(self.model, state, folder)
 
 
-def _workers(plan: TrainingPlan, model: PeftModel, state: Any) -> Workers:
+def _workers(plan: TrainingPlan, model: PeftModel, state: dict[str, Any] | None) -> Workers:
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], plan.learning_rate, plan.weight_decay)
     if plan.strategy == "ddp":
         return Replicated(model, optimizer, plan.max_grad_norm, state)
@@ -303,13 +304,14 @@ def learning_rate(plan: TrainingPlan, step: int) -> float:
     return plan.learning_rate * factor[plan.schedule]
 
 
-def lora_config(lora: dict[str, Any]) -> LoraConfig:
+def lora_config(lora: LoraSettings) -> LoraConfig:
+    """The settings as PEFT's."""
     return LoraConfig(
-        r=lora["rank"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["targets"],
-        use_rslora=lora["rslora"],
-        use_dora=lora["dora"],
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )

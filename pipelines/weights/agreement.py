@@ -5,11 +5,11 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GlmForCausalLM
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import PromptFormat
@@ -72,7 +72,7 @@ def take(examples: Iterable[Example], most: int, size: Callable[[Example], int])
 
 
 @torch.inference_mode()
-def answer_distributions(model: Any, examples: list[Example], what: str) -> list[Tensor]:
+def answer_distributions(model: GlmForCausalLM, examples: list[Example], what: str) -> list[Tensor]:
     """Log probabilities of the next token before each answer token, one [targets, vocabulary] in fp32 an example."""
     device = next(model.parameters()).device
     found = []

@@ -34,7 +34,7 @@ def calibrate(model: GlmForCausalLM, rows: list[list[int]]) -> Calibrated:
     """
     found, errors = Calibrated({}), []
     inputs, settings = _first_inputs(model, rows)
-    layers: Any = model.model.layers
+    layers = model.model.layers
     for number, layer in enumerate(track(layers, "calibrate", len(layers))):
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         with _hessians(linears) as hessians:
@@ -83,7 +83,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal += DAMPING * diagonal.mean() + 1e-6
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _error(weight: Tensor, guess: Tensor, hessian: Tensor) -> float:
@@ -106,7 +107,7 @@ def _first_inputs(model: GlmForCausalLM, rows: list[list[int]]) -> tuple[list[Te
         settings.append(named)
         raise _Captured
 
-    layers: Any = model.model.layers
+    layers = model.model.layers
     handle = layers[0].register_forward_pre_hook(capture, with_kwargs=True)
     for ids in rows:
         with suppress(_Captured):

@@ -72,7 +72,7 @@ def spread(scale: Tensor) -> Tensor:
 
 def group_scales(weight: Tensor) -> Tensor:
     """Scales [rows, columns / GROUP] at which each group's largest value is just inside of 4 bits."""
-    return (weight.float().unflatten(1, (-1, GROUP)).abs().amax(2) / 7.5).clamp(min=1e-12).bfloat16()
+    return (weight.float().reshape(len(weight), -1, GROUP).abs().amax(2) / 7.5).clamp(min=1e-12).bfloat16()
 
 
 def packed_int4(name: str, values: Tensor, scale: Tensor) -> Tensors:
