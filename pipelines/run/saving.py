@@ -6,17 +6,16 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import ray.train
+import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
 from pipelines.compute.exchange import any_worker
 from pipelines.run.progress import MetricsLog
-
-if TYPE_CHECKING:
-    from pipelines.run.worker import Training
 
 Urgency = Literal["when idle", "in turn", "at once"]
 """Behind a checkpoint that is still uploading: not at all, once that counts, or without waiting for it."""
@@ -32,14 +31,15 @@ class Saver:
     checkpoint that counts: those of one upload and one interval at most.
     """
 
-    def __init__(self, training: "Training") -> None:
-        self._training = training
+    def __init__(self, write: Callable[[Path | None], None], run_folder: str, rank: int, device: torch.device) -> None:
+        """`write` puts a checkpoint into a folder; with None it takes part in what another worker writes."""
+        self._write, self._rank, self._device = write, rank, device
         self._counts = threading.Event()
         """Whether the last checkpoint is in Ray Train's list, so that a restart would find it."""
         self._counts.set()
         # One place for the run on this machine: what a killed worker left there goes when the next one begins.
-        self._place = Path(tempfile.gettempdir()) / f"checkpoints-{zlib.crc32(training.plan.folder.encode()):08x}"
-        if training.rank == 0:
+        self._place = Path(tempfile.gettempdir()) / f"checkpoints-{zlib.crc32(run_folder.encode()):08x}"
+        if rank == 0:
             shutil.rmtree(self._place, ignore_errors=True)
         self._folder: str | None = None
         self._written = False
@@ -47,15 +47,14 @@ class Saver:
     def save(self, urgency: Urgency) -> dict[str, float]:
         """Write a checkpoint where it can be handed over from, or skip it; returns what is to be recorded of it."""
         started = time.monotonic()
-        training = self._training
-        if urgency == "when idle" and any_worker(not self._counts.is_set(), training.device):
+        if urgency == "when idle" and any_worker(not self._counts.is_set(), self._device):
             return {}
         if urgency == "in turn":
             self._counts.wait()
-        if training.rank == 0:
+        if self._rank == 0:
             self._place.mkdir(exist_ok=True)
             self._folder = tempfile.mkdtemp(dir=self._place)
-        training.save(Path(self._folder) if self._folder else None)
+        self._write(Path(self._folder) if self._folder else None)
         self._written = True
         return {"saving_seconds": time.monotonic() - started}
 

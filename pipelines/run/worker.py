@@ -89,7 +89,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         """Whether a node is about to be taken away. Not all workers are told at the same moment."""
         return any_worker(ray.train.get_preemption_info() is not None, training.device)
 
-    saver, warned = Saver(training), False
+    saver, warned = Saver(training.save, plan.folder, rank, training.device), False
     put_off = training.due  # by a notice, until after the restart, or until nothing else is left to do
     while put_off or not training.done:
         metrics = once | ({"step": training.step} if put_off else training.advance())
