@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from cluster import storage
 from pipelines.model_folders import ModelFolder, folder_digest
 from pipelines.weights.calibration import read_errors, write_errors
 from pipelines.weights.checksums import SUMS, verify, write_sums
-from pipelines.weights.folding import MergedWeights
+from pipelines.weights.folding import MergedWeights, Onto
 from pipelines.weights.gptq import calibrate
 from pipelines.weights.merge_config import MergeConfig
 from pipelines.weights.merge_inputs import make_facts, open_base, told_by_all
@@ -27,7 +28,7 @@ from pipelines.weights.merge_verdict import Verdict
 from pipelines.weights.model_card import write_card
 from pipelines.weights.weight_files import are_written, write_weights
 from pipelines.weights.weight_formats import QUANTISE, Tensors, WeightFormat, is_quantised, quantization_config
-from pipelines.weights.yardstick import in_memory
+from pipelines.weights.yardstick import Yardstick, in_memory
 
 
 def merge(config: MergeConfig) -> str:
@@ -47,22 +48,15 @@ def merge(config: MergeConfig) -> str:
     rows = calibration_ids(calibrated_on, base.path, prompt_format) if calibrated_on else []
     yardstick = make_yardstick(config, base, measured_on, prompt_format) if measured_on else None
     refused_report(config.out).unlink(missing_ok=True)
-    digest = _digest(config, base, models, rows)
-    with storage.publish(config.out, receipt, digest, write_sums) as folder:
+    with storage.publish(config.out, receipt, _digest(config, base, models, rows), write_sums) as folder:
         for name in (REPORT, SUMS, storage.RECEIPT):  # of a run that was killed when its weights were written
             (folder / name).unlink(missing_ok=True)
         write_companions(base.path, folder)
-        parts = {onto: folder / onto if len(weights) > 1 else folder for onto in weights}
-        for onto, part in parts.items():
-            write_model(part, weights[onto], config.format, rows)
-        best, verdict = config.ontos[0], Verdict()
-        if yardstick:
-            best, final = measure(parts, weights, config, yardstick)
-            verdict = judge(folder, final, read_errors(parts[best]), config, yardstick)
-            receipt.counts |= numbers(yardstick, final)
-        receipt.counts |= read_errors(parts[best])
+        parts = _write_models(folder, weights, config, rows)
+        best, verdict, counts = _measured(folder, parts, weights, config, yardstick)
+        _keep(best, parts, folder)
+        receipt.counts |= counts
         receipt.facts |= verdict.facts() | ({"onto": best} if config.adapters else {})
-        _take(parts[best], folder, [part for part in parts.values() if part != folder])
         write_card(folder, receipt.facts, config, yardstick)
         receipt.counts["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     size = f"{receipt.counts['bytes'] / 1e6:,.1f} MB"
@@ -81,12 +75,39 @@ def _digest(config: MergeConfig, base: ModelFolder, models: dict[str, str], rows
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
-def _take(best: Path, folder: Path, parts: list[Path]) -> None:
-    """Move the model that stays out of the parts that --onto auto wrote, and remove these."""
-    for file in best.iterdir() if parts else ():
-        file.rename(folder / file.name)
-    for part in parts:
-        shutil.rmtree(part)
+def _write_models(
+    folder: Path, weights: Mapping[Onto, MergedWeights], config: MergeConfig, rows: list[list[int]]
+) -> dict[Onto, Path]:
+    """Write a model of each of the weights; returns where it is: if there are several, in a folder of its own."""
+    parts = {onto: folder / onto if len(weights) > 1 else folder for onto in weights}
+    for onto, part in parts.items():
+        write_model(part, weights[onto], config.format, rows)
+    return parts
+
+
+def _measured(
+    folder: Path,
+    parts: Mapping[Onto, Path],
+    weights: Mapping[Onto, MergedWeights],
+    config: MergeConfig,
+    yardstick: Yardstick | None,
+) -> tuple[Onto, Verdict, dict[str, float]]:
+    """Which of the models stays, where it stands, and the numbers for the receipt. StageError as `judge`."""
+    if not yardstick:
+        (best,) = parts
+        return best, Verdict(), read_errors(parts[best])
+    best, final = measure(parts, weights, config, yardstick)
+    errors = read_errors(parts[best])
+    return best, judge(folder, final, errors, config, yardstick), numbers(yardstick, final) | errors
+
+
+def _keep(best: Onto, parts: Mapping[Onto, Path], folder: Path) -> None:
+    """Move the best of the models that --onto auto wrote out of its folder, and remove these folders."""
+    if len(parts) > 1:
+        for file in parts[best].iterdir():
+            file.rename(folder / file.name)
+        for part in parts.values():
+            shutil.rmtree(part)
 
 
 def write_model(folder: Path, weights: MergedWeights, weight_format: WeightFormat, rows: list[list[int]]) -> None:

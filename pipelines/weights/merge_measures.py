@@ -97,7 +97,7 @@ def refused_report(out: str) -> Path:
     return Path(out).with_name(f"{Path(out).name}-refused.html")
 
 
-def numbers(yardstick: Yardstick, final: Measured) -> dict[str, int | float]:
+def numbers(yardstick: Yardstick, final: Measured) -> dict[str, float]:
     """For the receipt: how far the final model is from the reference, and what the answers of both are worth."""
     reference = _reference(yardstick)
     found = {"kl": round(final.agreement.kl, 6), "top1": round(final.agreement.top1, 4)}
