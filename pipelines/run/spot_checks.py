@@ -1,7 +1,6 @@
 """A few dev questions answered while a model is in training: by the live adapter, the likeliest token each time."""
 
 import json
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +14,17 @@ from chatglm3 import load_tokenizer, parse_reply
 from chatglm3.chat import PromptFormat, question_ids
 from pipelines.compute import packed_attention
 from pipelines.compute.step import adapters_in_base_dtype, base_of
-from pipelines.scores.questions import Row, score_answer
+from pipelines.scores.questions import Row, read_questions, score_answer
 
 METRICS = ("exact_match", "f1")
 
 
 def draw_questions(split: Path, most: int, file: Path) -> bool:
-    """Write `most` rows of the split, or all, to `file`: drawn at random, always the same. False if there are none."""
-    found: list[str] = []
-    for path in sorted(split.glob("*.jsonl")) if most else ():
-        # A conversation has no one question with a right answer.
-        found += (line for line in path.open(encoding="utf-8") if "instruction" in json.loads(line))
+    """Write `most` of the split's questions, or all, to `file`: always the same. False if there are none."""
+    rows = read_questions(split, most) if most else []
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(random.Random(0).sample(found, min(most, len(found)))), encoding="utf-8")
-    return bool(found)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return bool(rows)
 
 
 class SpotCheck:
