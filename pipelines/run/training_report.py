@@ -97,9 +97,10 @@ def _draw_rates(plt: Any, rows: list[Row]) -> Any:
     return figure
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+def _smooth(values: list[float]) -> list[float]:
+    """Their exponential mean, which begins at the first value."""
     smoothed: list[float] = []
-    total = norm = 0.0
+    weight, total, norm = 0.9, 0.0, 0.0
     for value in values:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         smoothed.append(total / norm)

@@ -37,9 +37,7 @@ class Difference:
         return self.high < 0 and (self.p is None or self.p < SIGNIFICANT)
 
 
-def compare(
-    new: Sequence[Points], old: Sequence[Points], groups: Groups = None, seed: int = 0
-) -> dict[str, Difference]:
+def compare(new: Sequence[Points], old: Sequence[Points], groups: Groups = None) -> dict[str, Difference]:
     """Each metric that both have, on rows in the same order: new[i] and old[i] score answers to one question.
 
     The interval is that of the paired bootstrap (Koehn 2004); p is that of a paired permutation test, also called
@@ -49,7 +47,7 @@ def compare(
     of_new, of_old = points_of(new), points_of(old)
     names = [name for name in of_new if name in of_old]
     ours, theirs = ([by_group(of[name], groups) for name in names] for of in (of_new, of_old))
-    drawn, swapped = resampled_sums([*ours, *theirs], seed), _swapped_sums(ours, theirs, seed)
+    drawn, swapped = resampled_sums([*ours, *theirs]), _swapped_sums(ours, theirs)
     differences = {}
     for index, name in enumerate(names):
         value, earlier = float(value_of(name, ours[index].sum(0))), float(value_of(name, theirs[index].sum(0)))
@@ -80,12 +78,12 @@ def _apart(metric: str, sums: list[Array], index: int) -> Array:
     return value_of(metric, sums[index]) - value_of(metric, sums[index + len(sums) // 2])
 
 
-def _swapped_sums(new: list[Array], old: list[Array], seed: int) -> list[Array]:
+def _swapped_sums(new: list[Array], old: list[Array]) -> list[Array]:
     """Column sums of each table of `new` and then of `old`, [SWAPS, numbers], after random rows changed sides."""
     if not new:
         return []
     ours, theirs = np.hstack(new), np.hstack(old)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     apart = (theirs - ours)[(theirs != ours).any(1)]  # what earned the same may change sides unseen
     moved = np.array([random.integers(0, 2, len(apart)).astype(float) @ apart for _ in range(SWAPS)])
     widths = np.cumsum([table.shape[1] for table in new])[:-1]

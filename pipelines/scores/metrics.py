@@ -93,14 +93,14 @@ def value_of(metric: str, sums: Array) -> Array:
         return sums[..., 0] / sums[..., 1]
 
 
-def summarize(rows: Sequence[Points], groups: Groups = None, seed: int = 0) -> dict[str, Score]:
+def summarize(rows: Sequence[Points], groups: Groups = None) -> dict[str, Score]:
     """Each metric over all rows. Metrics with no possible points (no unanswerable rows, say) are left out.
 
     The interval is that of the cluster bootstrap (Field and Welsh 2007; of questions about one text, arXiv:2411.00640):
     groups are drawn, not rows, for several questions about one document are not as many witnesses.
     """
     tables = points_of(rows)
-    drawn = resampled_sums([by_group(table, groups) for table in tables.values()], seed)
+    drawn = resampled_sums([by_group(table, groups) for table in tables.values()])
     scores = {}
     for (name, table), sums in zip(tables.items(), drawn, strict=True):
         low, high = np.nanquantile(value_of(name, sums), (0.025, 0.975))
@@ -130,13 +130,13 @@ def by_group(table: Array, groups: Groups) -> Array:
     return sums
 
 
-def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:
-    """Column sums of each table in bootstrap samples of its rows, the same rows of all: [resamples, numbers] each."""
+def resampled_sums(tables: Sequence[Array]) -> list[Array]:
+    """Column sums of each table in bootstrap samples of its rows, the same rows of all: [RESAMPLES, numbers] each."""
     if not tables:
         return []
     side_by_side = np.hstack(tables)
-    num_rows, random = len(side_by_side), np.random.default_rng(seed)
-    draws = (np.bincount(random.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(resamples))
+    num_rows, random = len(side_by_side), np.random.default_rng(0)
+    draws = (np.bincount(random.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(RESAMPLES))
     sums = np.array([draw @ side_by_side for draw in draws])
     return np.split(sums, np.cumsum([table.shape[1] for table in tables])[:-1], axis=1)
 

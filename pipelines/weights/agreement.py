@@ -102,7 +102,7 @@ def loss_apart(new: Agreement, old: Agreement, examples: list[Example]) -> tuple
     document groups.
     """
     both = np.hstack([np.array(new.losses), np.array(old.losses)])
-    (sums,) = resampled_sums([by_group(both, [example.group for example in examples])], seed=0)
+    (sums,) = resampled_sums([by_group(both, [example.group for example in examples])])
     apart = (sums[:, 0] - sums[:, 2]) / sums[:, 1]
     low, high = np.quantile(apart, (0.025, 0.975))
     return float(low), float(high)
