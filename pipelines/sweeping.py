@@ -129,8 +129,7 @@ def draw_trials(config: SweepConfig) -> list[dict[str, Any]]:
 def _trial(config: dict[str, Any], plan: dict[str, Any], on_gpu: bool) -> None:
     """One training without checkpoints, which are cheaper to do again than to keep."""
     settings = config["settings"]
-    lora = {"rank": settings["rank"], "alpha": 2 * settings["rank"], "targets": TARGETS[settings["targets"]]}
-    plan = plan | {"learning_rate": settings["learning_rate"], "lora": plan["lora"] | lora}
+    plan = plan | {"learning_rate": settings["learning_rate"], "lora": plan["lora"] | _lora(settings)}
     device = torch.device("cuda" if on_gpu else "cpu")  # a node shows its GPUs to trials that were given none too
     training = Training(TrainingPlan(**plan), rank=0, world=1, device=device)
     every = max(1, training.plan.steps // EVALUATIONS)
@@ -140,12 +139,16 @@ def _trial(config: dict[str, Any], plan: dict[str, Any], on_gpu: bool) -> None:
             tune.report(training.evaluate() | {"step": training.step})
 
 
+def _lora(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a trial's settings are as train's."""
+    return {"rank": settings["rank"], "alpha": 2 * settings["rank"], "targets": TARGETS[settings["targets"]]}
+
+
 def _write(folder: Path, config: SweepConfig, results: list[dict[str, Any]]) -> None:
     """run.yaml of the best, trials.csv, report.html."""
     best, names = results[0], ["rank", "learning_rate", "targets", "dev_loss"]
-    lora = {"rank": best["rank"], "alpha": 2 * best["rank"], "targets": TARGETS[best["targets"]]}
     chosen = config.train.model_dump(exclude_unset=True, exclude={"out"})
-    chosen |= {"learning_rate": best["learning_rate"], "lora": chosen.get("lora", {}) | lora}
+    chosen |= {"learning_rate": best["learning_rate"], "lora": chosen.get("lora", {}) | _lora(best)}
     (folder / "run.yaml").write_text(yaml.safe_dump({"train": chosen}, sort_keys=False), encoding="utf-8")
     rows = [[f"{trial[name]:.6g}" if name == "dev_loss" else trial[name] for name in names] for trial in results]
     with (folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:

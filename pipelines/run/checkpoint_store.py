@@ -61,9 +61,10 @@ class CheckpointStore:
 
         Not while one goes on, which may upload. Nothing without a whole list: somebody may look for what is there.
         """
-        if _newest_step(found := self._read(LIST)) is None:
+        found = self._read(LIST)
+        if found is None or _newest_step(found) is None:
             return
-        listed = {result["checkpoint_dir_name"] for result in json.loads(found or b"")["checkpoint_results"]}
+        listed = {result["checkpoint_dir_name"] for result in json.loads(found)["checkpoint_results"]}
         for entry in self._files.get_file_info(FileSelector(self.folder)):
             if entry.type == FileType.Directory and re.match(NAMES, entry.base_name) and entry.base_name not in listed:
                 self._files.delete_dir(entry.path)
@@ -92,6 +93,6 @@ class CheckpointStore:
 def _newest_step(checkpoints: bytes | None) -> int | None:
     """Of a list of checkpoints; None where there is none, or it is torn."""
     try:
-        return int(json.loads(checkpoints or "")["latest_checkpoint_result"]["metrics"]["step"])
+        return int(json.loads(checkpoints or b"")["latest_checkpoint_result"]["metrics"]["step"])
     except (ValueError, KeyError, TypeError):
         return None
