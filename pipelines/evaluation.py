@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ray.data
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from ray.exceptions import RayError
 
 from chatglm3 import load_tokenizer
@@ -16,6 +16,7 @@ from cluster.config import Config
 from cluster.errors import StageError
 from cluster.progress import track
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
+from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.scores.answering import ask_all
 from pipelines.scores.comparison import compare
 from pipelines.scores.evaluation_report import write_report
@@ -26,10 +27,6 @@ from pipelines.scores.score_report import Evaluation, Result, draw_scores, print
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
 WITHOUT_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-
-
-def _split_at_commas(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
 
 
 class EvaluateConfig(Config):
@@ -46,7 +43,7 @@ class EvaluateConfig(Config):
     gate: str = ""
     """Earlier evaluation on the same questions, its folder or its scores.json, whose model this one must not be worse
     than, beyond chance. With its rows.jsonl there, answers are compared row by row, which tells smaller differences."""
-    gate_metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split_at_commas)] = GATED
+    gate_metrics: Annotated[tuple[MetricName, ...], ONE_OR_MORE] = GATED
     """Metrics that the gate looks at, with commas between: any that scores.json has."""
     data: str = "out/data"
     """Folder written by prepare."""

@@ -12,4 +12,4 @@ def _as_list(value: Any) -> Any:
 
 
 ONE_OR_MORE = BeforeValidator(_as_list)
-"""For `Annotated[list[...], ONE_OR_MORE]`: `q_proj`, `q_proj,v_proj` and `[q_proj, v_proj]` are all lists."""
+"""For `Annotated[list[...], ONE_OR_MORE]` or a tuple: `q_proj`, `q_proj,v_proj` and `[q_proj, v_proj]` all do."""

@@ -5,9 +5,9 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from chatglm3 import ModelError, load_tokenizer, parse_reply
 from chatglm3.chat import Message, PromptFormat, question_ids
@@ -19,13 +19,10 @@ from chatglm3.tokenizer import ChatGlmTokenizer
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.model_folders import open_model, warn_of_other_wording
+from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.remote_conversation import RemoteConversation
 
 HELP = "/clear forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
-
-
-def _split(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
 
 
 class PredictConfig(Config):
@@ -42,7 +39,7 @@ class PredictConfig(Config):
     """Server to ask instead of loading a folder, such as http://127.0.0.1:8000."""
     api_key_file: str = ""
     """File with the key to that server."""
-    documents: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    documents: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
     """Text files to answer from, with commas between them; each is one document."""
     max_tokens: int = Field(512, ge=1)
     """Longest answer in tokens."""
