@@ -1,4 +1,4 @@
-"""Instruction rows to packed blocks: Ray Data tokenizes, several examples share a block of a token budget."""
+"""Instruction rows to packed blocks: tokenized, by Ray Data if they are many; several examples share a block."""
 
 import hashlib
 import json
@@ -100,20 +100,35 @@ def _first_fit(window: list[Example], block_tokens: int) -> list[list[Example]]:
 
 
 def _encode_all(files: list[Path], config: PackingConfig, total: int) -> Iterator[Example]:
-    # Order decides which examples share a block, and so the loss curve: it must not depend on which task ends first.
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    lines = ray.data.read_text([str(file.resolve()) for file in files], include_paths=True)
-    encoded = lines.repartition(target_num_rows_per_block=WINDOW).map_batches(
-        partial(_encode_batch, config=config), batch_format="numpy"
-    )
+    encoded = _encode_on_cluster if total > WINDOW else _encode_here
     path, number = "", 0
-    for row in track(encoded.iter_rows(), "tokenize", total):
+    for row in track(encoded(files, config), "tokenize", total):
         number = number + 1 if row["path"] == path else 1
         path = row["path"]
         name = f"{Path(path).parent.name}/{Path(path).name}:{number}"
         if row["error"]:
             raise StageError(f"row {name}: {row['error']}; run prepare again")
         yield Example(row["input_ids"], row["is_target"], name)
+
+
+def _encode_here(files: list[Path], config: PackingConfig) -> Iterator[dict[str, Any]]:
+    """What would be one task: the processes that Ray Data starts for it take longer than the rows."""
+    for file in files:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        batch = {"path": np.full(len(lines), str(file)), "text": np.array(lines, object)}
+        columns = _encode_batch(batch, config)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _encode_on_cluster(files: list[Path], config: PackingConfig) -> Iterator[dict[str, Any]]:
+    # Order decides which examples share a block, and so the loss curve: it must not depend on which task ends first.
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    lines = ray.data.read_text([str(file.resolve()) for file in files], include_paths=True)
+    encoded = lines.repartition(target_num_rows_per_block=WINDOW).map_batches(
+        partial(_encode_batch, config=config), batch_format="numpy"
+    )
+    return iter(encoded.iter_rows())
 
 
 def _encode_batch(batch: dict[str, np.ndarray], config: PackingConfig) -> dict[str, Any]:
