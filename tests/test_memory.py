@@ -16,8 +16,8 @@ from chatglm3.official import translate_config
 from cluster import storage
 from cluster.errors import StageError
 from pipelines.compute import step
+from pipelines.run.callbacks import LastingErrors
 from pipelines.run.memory import Memory, _fastest, _kept_eagerly, choose_memory, linear_shapes, needed_gb
-from pipelines.run.training_run import LastingErrors
 from pipelines.run.worker import lora_config
 from pipelines.training import TrainConfig, _digest
 

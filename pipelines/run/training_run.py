@@ -1,18 +1,15 @@
-"""A plan's run by Ray Train: what it is told, which faults end it, and what is said of them."""
+"""A plan's run by Ray Train: what it is told, and what is said of the faults that end it."""
 
-import contextlib
-import errno
 import os
 from pathlib import Path
 from typing import Any
 
 import ray.train
-import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from chatglm3 import ModelError
 from cluster.errors import StageError
+from pipelines.run.callbacks import GOES_ON, FreshCount, LastingErrors, ListCopy
 from pipelines.run.checkpoint_store import CheckpointStore
 from pipelines.run.progress import LossBoard, read_metrics
 from pipelines.run.trackers import tracked
@@ -21,7 +18,6 @@ from pipelines.run.worker import TrainingPlan, train_worker
 
 SECONDS_BETWEEN_RESIZES = 20.0
 """How long a new node may stand idle beside a run of --min_workers; each change of size restarts the workers."""
-GOES_ON = "the same command goes on from the last checkpoint"
 
 
 def run_plan(config: TrainConfig, plan: TrainingPlan, store: CheckpointStore, gpus: int) -> ray.train.Result:
@@ -93,60 +89,6 @@ def _trainer(config: TrainConfig, plan: TrainingPlan, store: CheckpointStore, gp
             callbacks=callbacks,
         ),
     )
-
-
-class ListCopy(ray.train.UserCallback):
-    """Lets the copy of the list of checkpoints follow it. Ray Train has written the list before it calls this."""
-
-    def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """See UserCallback; called once for all workers."""
-        self._store.copy_list()
-
-
-class FreshCount(ray.train.UserCallback):
-    """Counts the nodes anew when workers failed. What Ray Train knows of them is up to 20 s old, which no setting
-    changes: it would try to start workers on the node that died until then.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ask Ray's coordinator, which Ray Train asks next, to look."""
-        with contextlib.suppress(ImportError, ray.exceptions.RayError):  # it would only be slower
-            from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-                get_or_create_autoscaling_coordinator,
-            )
-
-            coordinator = get_or_create_autoscaling_coordinator()
-            ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=5)
-
-
-class LastingErrors(ray.train.UserCallback):
-    """Ends the run at an error that new workers would only meet again; Ray Train tries again after every error."""
-
-    def __init__(self, recompute: bool) -> None:
-        self._recompute = recompute
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise StageError, which ends the run, if all of the workers' errors are such."""
-        errors = [getattr(error, "_base_exc", error) for error in worker_exceptions.values()]
-        if not all(map(_lasts, errors)):
-            return
-        error, remedy = errors[0], f"mend that, and {GOES_ON}"
-        if isinstance(error, FloatingPointError):
-            remedy = "look at these rows, or lower --learning_rate"
-        if isinstance(error, torch.OutOfMemoryError):
-            remedy = "give smaller --block_tokens, with which it begins again"
-            if not self._recompute:
-                remedy = f"give --recompute true, and {GOES_ON}; or {remedy.removeprefix('give ')}"
-        raise StageError(f"training failed: {' '.join(str(error).split())}; {remedy}")
-
-
-def _lasts(error: Exception) -> bool:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    known = (StageError, ModelError, FloatingPointError, ValueError, torch.OutOfMemoryError)
-    return full or isinstance(error, known)
 
 
 def _cause(error: BaseException) -> str:
