@@ -52,12 +52,21 @@ def _start_head(env: dict[str, str], ip: str, port: int, folder: str, cpus: int)
 
 
 def _start_node(env: dict[str, str], ip: str, options: str, within: str = "") -> subprocess.Popen[bytes]:
-    """Start a node by a command that is given `within` another one, and wait until it should be there."""
+    """Start a node by a command that is given `within` another one, and wait until it is there."""
     common = f"--block --object-store-memory=100000000 --node-ip-address={ip}"
     command = [*within.split(), str(BIN / "ray"), "start", *options.split(), *common.split()]
-    node = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(8)
+    node = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_until_started(node)
     return node
+
+
+def wait_until_started(node: subprocess.Popen[bytes]) -> None:
+    """Wait until `ray start --block`, whose output is piped, says that the cluster knows its node."""
+    assert node.stdout
+    for line in node.stdout:
+        if b"Ray runtime started" in line:
+            return  # what it says from now on, that it waits and at its end why, fits in a pipe that nobody reads
+    raise ChildProcessError(f"no Ray node: {node.args}")
 
 
 class Link:
