@@ -46,7 +46,7 @@ from benchmarks.fault_places import (
 from chatglm3.tiny.knowledge import write_shards
 from pipelines.run.progress import read_metrics
 
-STEPS, STRIKE_AT = 16, 7
+STEPS, STRIKE_AT = 12, 7
 SETTINGS: dict[str, Any] = {
     "base_format": "fp32",
     "max_steps": STEPS,

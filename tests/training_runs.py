@@ -12,8 +12,7 @@ from benchmarks import chaos
 from benchmarks.chaos import curve
 from pipelines.run.progress import read_metrics
 
-STEPS = 12
-SETTINGS: dict[str, Any] = chaos.SETTINGS | {"max_steps": STEPS}
+STEPS, SETTINGS = chaos.STEPS, chaos.SETTINGS
 
 
 def assert_same_curve(adapter: str | Path, expected: str | Path) -> None:
