@@ -18,11 +18,6 @@ from pipelines.training import TrainConfig, make_plan
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def expected(rows: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return chaos.undisturbed_curve(rows, tmp_path_factory.mktemp("undisturbed"))
-
-
 def may_mount(folder: Path) -> bool:
     """Whether this process may mount a file system, which root in a container often may not."""
     folder.mkdir()
@@ -44,7 +39,7 @@ def may_link() -> bool:
 @pytest.mark.parametrize(
     "fault", ["controller", "full-disk", "link", "raylet", "slow-folder", "slow-store", "store-cut"]
 )
-def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path: Path, expected: list[float]) -> None:
+def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path: Path, undisturbed: str) -> None:
     if fault in ("slow-store", "store-cut") and not fault_places.moto_server():
         pytest.skip("no S3 server: `make test-store` has one")
     if fault == "full-disk" and not may_mount(tmp_path / "disk"):
@@ -53,7 +48,7 @@ def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path
         pytest.skip("no bindfs (apt-get install bindfs), or no right to mount it")
     if fault == "link" and not may_link():
         pytest.skip("no right to make a network namespace, or no `ip` (iproute2)")
-    outcome = chaos.meet(fault, rows, tmp_path, expected)
+    outcome = chaos.meet(fault, rows, tmp_path, [loss for _, loss in chaos.curve(Path(undisturbed))])
     assert outcome.worst < 1e-3
     # Those since the last checkpoint that counts: an interval and what its upload took.
     assert outcome.steps_lost <= 3 * chaos.SETTINGS["save_steps"]
@@ -65,8 +60,9 @@ def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path
 def test_a_worker_a_quarter_as_fast_only_slows_a_run_over_real_shards_down(
     shared: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
-    data = prepare(PrepareConfig(raw=str(shared / "data" / "multidoc-sample"), out=str(tmp_path / "data")))
-    flags = {"block_tokens": 4096, "batch_size": 4, "max_steps": 3, "score_rows": 0}
+    raw, data = str(shared / "data" / "multidoc-sample"), str(tmp_path / "data")
+    prepare(PrepareConfig(raw=raw, out=data, max_tokens=1024))
+    flags = {"batch_size": 4, "max_steps": 3, "score_rows": 0}
     config = TrainConfig.model_validate(chaos.SETTINGS | flags | {"data": data})
     plan = make_plan(config, open_model("tiny", "--base"), storage.open_folder(data, "prepare"), tmp_path / "run-x", 0)
     alone = Training(plan, 0, 1, torch.device("cpu"))
