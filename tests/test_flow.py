@@ -1,5 +1,7 @@
 """Shards in, HTTP answer out: the demo on the tiny model, and the same commands on the real ChatGLM3 layout."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,6 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from chatglm3.errors import ModelError
+from cluster.commands import run_command
+from cluster.errors import StageError
+from pipelines.__main__ import STAGES
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,25 +46,36 @@ def test_the_demo_doubles_the_exact_match_on_unseen_documents_and_answers_over_h
         assert picture in printed
 
 
+def pipelines_here(*arguments: str) -> str:
+    """A stage as a person would run it, but in this process, where libraries and Ray have been started already."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = run_command("python -m pipelines", STAGES, list(arguments), (StageError, ModelError, OSError))
+    assert code == 0, f"{arguments}\n{printed.getvalue()}"
+    return printed.getvalue()
+
+
 @pytest.mark.timeout(900)
-def test_the_same_commands_take_real_shards_through_the_official_layout(shared: Path, tmp_path: Path) -> None:
+def test_the_same_commands_take_real_shards_through_the_official_layout(
+    shared: Path, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """3,245 real rows, the genuine tokenizer, a checkpoint of the official code that remembers two chats by heart."""
     with tarfile.open(shared / "data/multidoc.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
+    monkeypatch.setattr("cluster.commands.signal.signal", lambda *_: None)  # SIGTERM is for whoever runs the tests
     base = str(shared / "chatglm3/ckpt/full-fp16-bin")
     data, adapter = str(tmp_path / "data"), str(tmp_path / "adapter")
-    printed = pipelines("prepare", "--raw", str(tmp_path / "multidoc"), "--out", data, "--tokenizer", base)
+    printed = pipelines_here("prepare", "--raw", str(tmp_path / "multidoc"), "--out", data, "--tokenizer", base)
     assert "3061 training and 353 dev rows, 0 bad, 0 exact and 0 near copies dropped" in printed
-    learning = ["--max_steps", "20", "--batch_size", "2", "--learning_rate", "1e-6", "--block_tokens", "4096"]
-    pipelines(
+    learning = ["--max_steps", "5", "--batch_size", "2", "--learning_rate", "1e-6", "--block_tokens", "4096"]
+    pipelines_here(
         "train", "--data", data, "--base", base, "--out", adapter, "--workers", "2", "--use_gpu", "false", *learning
     )
-    assert len(Path(adapter, "metrics.jsonl").read_text().splitlines()) == 20
+    assert len(Path(adapter, "metrics.jsonl").read_text().splitlines()) == 5
     models = {weight_format: str(tmp_path / weight_format) for weight_format in ("nf4", "int8", "bf16")}
     for weight_format, model in models.items():
         # Of random weights NF4 makes another model: what is measured on them says nothing.
-        pipelines("merge", "--adapter", adapter, "--out", model, "--format", weight_format, "--measure", "false")
-        answer = pipelines("predict", "--model", model, "--max_tokens", "16", "你好").strip()
+        pipelines_here("merge", "--adapter", adapter, "--out", model, "--format", weight_format, "--measure", "false")
+        answer = pipelines_here("predict", "--model", model, "--max_tokens", "16", "你好").strip()
         assert answer.startswith("你好👋！我是人工智能助手"), weight_format
     for weight_format, answer in serve_and_ask(models, "你好", tmp_path / "serve.yaml").items():
         assert answer.startswith("你好👋！我是人工智能助手"), weight_format
