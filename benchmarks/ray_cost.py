@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.chaos import SETTINGS, prepare_rows
+from benchmarks.train_command import SETTINGS, prepare_rows
 from cluster import session, storage
 from pipelines.model_folders import open_model
 from pipelines.run.progress import MetricsLog, read_metrics

@@ -55,7 +55,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> str:
     """An adapter trained by one worker, on CPU as all of these: curves are compared, and two would want two GPUs."""
+    from benchmarks.train_command import SETTINGS
     from pipelines.training import TrainConfig, train
-    from tests.training_runs import SETTINGS
 
     return train(TrainConfig(data=rows, out=str(tmp_path_factory.mktemp("one") / "adapter"), **SETTINGS))

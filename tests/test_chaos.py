@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import chaos, fault_places
+from benchmarks import chaos, fault_places, faults
+from benchmarks.train_command import SETTINGS, Run, curve
 from cluster import storage
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
@@ -48,10 +49,10 @@ def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path
         pytest.skip("no bindfs (apt-get install bindfs), or no right to mount it")
     if fault == "link" and not may_link():
         pytest.skip("no right to make a network namespace, or no `ip` (iproute2)")
-    outcome = chaos.meet(fault, rows, tmp_path, [loss for _, loss in chaos.curve(Path(undisturbed))])
+    outcome = chaos.meet(fault, rows, tmp_path, [loss for _, loss in curve(Path(undisturbed))])
     assert outcome.worst < 1e-3
     # Those since the last checkpoint that counts: an interval and what its upload took.
-    assert outcome.steps_lost <= 3 * chaos.SETTINGS["save_steps"]
+    assert outcome.steps_lost <= 3 * SETTINGS["save_steps"]
     assert outcome.pause < 10  # no upload is waited for: one takes eleven seconds and more in the slow places
     if fault == "link":
         assert outcome.seconds < 60  # with Ray's own settings it is more than two minutes
@@ -63,16 +64,16 @@ def test_a_worker_a_quarter_as_fast_only_slows_a_run_over_real_shards_down(
     raw, data = str(shared / "data" / "multidoc-sample"), str(tmp_path / "data")
     prepare(PrepareConfig(raw=raw, out=data, max_tokens=1024))
     flags = {"batch_size": 4, "max_steps": 3, "score_rows": 0}
-    config = TrainConfig.model_validate(chaos.SETTINGS | flags | {"data": data})
+    config = TrainConfig.model_validate(SETTINGS | flags | {"data": data})
     plan = make_plan(config, open_model("tiny", "--base"), storage.open_folder(data, "prepare"), tmp_path / "run-x", 0)
     alone = Training(plan, 0, 1, torch.device("cpu"))
     expected = [alone.advance()["loss"] for _ in range(3)]
-    run = chaos.Run(data, tmp_path / "adapter", flags)
+    run = Run(data, tmp_path / "adapter", flags)
     try:
         run.start()
         run.wait(1)
         assert run.process
-        with chaos.held_back(run.processes("RayTrainWorker")[-1]):
+        with faults.held_back(run.processes("RayTrainWorker")[-1]):
             assert run.process.wait(timeout=400) == 0
     finally:
         assert run.process

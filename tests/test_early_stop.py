@@ -9,12 +9,12 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from benchmarks.train_command import SETTINGS
 from cluster import storage
 from pipelines.model_folders import open_model
 from pipelines.run.progress import read_metrics
 from pipelines.run.worker import Training
 from pipelines.training import TrainConfig, make_plan, train
-from tests.training_runs import SETTINGS
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import Run
 from benchmarks.fault_places import BIN, end_tree, several_nodes
+from benchmarks.train_command import Run
 from pipelines.run.progress import read_metrics
 from tests.waiting import wait_for
 

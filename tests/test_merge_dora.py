@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.train_command import SETTINGS
 from chatglm3 import load_model, load_tokenizer, parse_reply
 from chatglm3.adapters import load_adapter
 from chatglm3.chat import prompt_ids
@@ -19,7 +20,6 @@ from pipelines.merging import MergeConfig, merge
 from pipelines.run.training_config import LoraSettings
 from pipelines.training import TrainConfig, train
 from pipelines.weights.folding import folded, read_updates
-from tests.training_runs import SETTINGS
 
 IDS = torch.arange(5, 205)[None]
 ROWS = 12

@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.train import Checkpoint
 
+from benchmarks.train_command import SETTINGS
 from cluster import storage
 from pipelines.model_folders import open_model
 from pipelines.run import worker
@@ -19,7 +20,6 @@ from pipelines.run.progress import read_metrics
 from pipelines.run.saving import UNKNOWN
 from pipelines.run.worker import Training, TrainingPlan, train_worker
 from pipelines.training import TrainConfig, make_plan
-from tests.training_runs import SETTINGS
 
 CPU = torch.device("cpu")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.train_command import SETTINGS
 from chatglm3 import load_tokenizer
 from chatglm3.chat import PromptFormat
 from chatglm3.tiny import FOLDER
@@ -16,7 +17,6 @@ from pipelines.run.spot_checks import SpotCheck, draw_questions
 from pipelines.run.worker import Training, TrainingPlan
 from pipelines.scores.questions import score_answer
 from pipelines.training import TrainConfig, make_plan
-from tests.training_runs import SETTINGS
 
 CPU = torch.device("cpu")
 

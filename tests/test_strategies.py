@@ -15,6 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks.train_command import SETTINGS
 from chatglm3 import load_model
 from chatglm3.quantization import NF4
 from cluster import storage
@@ -23,7 +24,7 @@ from pipelines.compute.zero import keep_no_weight
 from pipelines.model_folders import open_model
 from pipelines.run.worker import Training, TrainingPlan
 from pipelines.training import TrainConfig, make_plan, train
-from tests.training_runs import SETTINGS, assert_same_curve, kill_a_worker_after_step, scores
+from tests.training_runs import assert_same_curve, kill_a_worker_after_step, scores
 
 pytestmark = pytest.mark.slow
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.train_command import SETTINGS
 from cluster.config import read_section
 from cluster.storage import open_folder
 from pipelines.sweeping import SweepConfig, draw_trials, sweep
 from pipelines.training import TrainConfig
-from tests.training_runs import SETTINGS
 
 pytestmark = pytest.mark.slow
 

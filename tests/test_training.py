@@ -15,7 +15,7 @@ import ray
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.chaos import curve
+from benchmarks.train_command import SETTINGS, curve
 from cluster import session, storage
 from cluster.errors import StageError
 from pipelines.model_folders import open_model
@@ -25,14 +25,7 @@ from pipelines.run.progress import MetricsLog, describe, read_metrics
 from pipelines.run.training_plan import who_waits
 from pipelines.run.training_run import _tell_where_it_begins
 from pipelines.training import TrainConfig, _publish, train
-from tests.training_runs import (
-    SETTINGS,
-    assert_same_curve,
-    checkpoint_lists,
-    kill_a_worker_after_step,
-    scores,
-    steps_of,
-)
+from tests.training_runs import assert_same_curve, checkpoint_lists, kill_a_worker_after_step, scores, steps_of
 
 pytestmark = pytest.mark.slow
 

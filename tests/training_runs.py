@@ -1,4 +1,4 @@
-"""Training runs that tests compare: on the tiny model, 12 steps, on CPU; and how to kill one in the middle."""
+"""Training runs that tests compare: whether their curves and scores are the same, and how to kill one in the middle."""
 
 import signal
 import time
@@ -8,11 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks import chaos
-from benchmarks.chaos import curve
+from benchmarks.train_command import STEPS, curve
 from pipelines.run.progress import read_metrics
-
-STEPS, SETTINGS = chaos.STEPS, chaos.SETTINGS
 
 
 def assert_same_curve(adapter: str | Path, expected: str | Path) -> None:
