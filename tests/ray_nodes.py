@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 
 from benchmarks.fault_places import BIN, end_tree, free_port, ray_environment
@@ -52,6 +54,12 @@ class Nodes:
         listed = self.command("ray", "list", "nodes", "--filter", "state=ALIVE", "--format", "json").stdout
         return len(json.loads(listed or "[]"))
 
+    def get(self, path: str) -> Any:
+        """What the dashboard says there; None where it does not answer."""
+        with contextlib.suppress(httpx.HTTPError):
+            answer = httpx.get(f"http://127.0.0.1:{self.dashboard_port}{path}", timeout=30, trust_env=False)
+            return answer.json() if answer.is_success else None
+
     def kill_gcs(self) -> None:
         """SIGKILL to the head's GCS, with which the head ends."""
         assert self.head
@@ -87,7 +95,7 @@ def three_nodes() -> Iterator[Nodes]:
     redis = subprocess.Popen(server, **quiet)
     try:
         nodes.start_head()
-        wait_for(lambda: nodes.command("ray", "job", "list").returncode == 0, 90)
+        wait_for(lambda: nodes.get("/api/jobs/") is not None, 90)
         for number in (2, 3):  # one after the other: both at once have been seen to take the same ports
             nodes.start_worker()
             wait_for(lambda number=number: nodes.alive() == number, 60)

@@ -87,9 +87,10 @@ def url(nodes: Nodes, jobs: dict[str, str], store: Path) -> str:
 
 def running(nodes: Nodes) -> int:
     """Replicas that run, where the application runs; else -1."""
-    [application] = yaml.safe_load(nodes.command("serve", "status").stdout).get("applications", {}).values() or [{}]
-    states = application.get("deployments", {}).get("ChatServer", {}).get("replica_states", {})
-    return int(states.get("RUNNING", 0)) if application.get("status") == "RUNNING" and len(states) == 1 else -1
+    [application] = (nodes.get("/api/serve/applications/") or {}).get("applications", {}).values() or [{}]
+    replicas = application.get("deployments", {}).get("ChatServer", {}).get("replicas", [])
+    states = {replica["state"] for replica in replicas}
+    return len(replicas) if application.get("status") == "RUNNING" and states == {"RUNNING"} else -1
 
 
 @dataclass
@@ -210,7 +211,7 @@ def test_the_endpoint_answers_while_the_head_is_away_and_the_new_head_knows_it(n
         assert seen.outcomes["200"] > during  # nobody had restarted it yet
         started = time.monotonic()
         nodes.start_head()
-        wait_for(lambda: nodes.command("serve", "status").returncode == 0 and running(nodes) == 1, 180)
+        wait_for(lambda: running(nodes) == 1, 180)
         seconds = time.monotonic() - started
         again = seen.outcomes["200"]
         wait_for(lambda: seen.outcomes["200"] > again + 5, 60)
