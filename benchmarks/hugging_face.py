@@ -93,8 +93,8 @@ def _flash_2(
     return output[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register("flash_2_of_torch", _flash_2)
-ATTENTION = {"flex": "flex_attention", "flash": "flash_2_of_torch"}
+ALL_ATTENTION_FUNCTIONS.register("varlen_of_torch", _flash_2)
+ATTENTION = {"flex": "flex_attention", "flash": "varlen_of_torch"}
 
 
 def run_trainer(model: PeftModel, words: list[str], kind: str, tick: Tick) -> None:
