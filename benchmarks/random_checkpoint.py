@@ -4,7 +4,8 @@
     python -m benchmarks.random_checkpoint --out /tmp/random-2-layers --layers 2
 
 The layout is the official one (fp16 safetensors, config.json); the tokenizer is the tiny model's, whose ids are valid
-here. Answers are noise; tensors, shapes and bytes are those of the real thing: 12.5 GB with all 28 layers.
+here. Answers are noise, of tokens that this tokenizer can write and without end: all others have no weight in the
+output layer. Tensors, shapes and bytes are those of the real thing: 12.5 GB with all 28 layers.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from transformers import GlmConfig
 
 from chatglm3.official import layout, native_shapes, translate_config
 from chatglm3.tiny import FOLDER as TINY
+from chatglm3.tokenizer import load_tokenizer
 
 CHATGLM3_6B: dict[str, Any] = {
     "model_type": "chatglm",
@@ -89,12 +91,15 @@ def _official_tensors(layers: int) -> Iterator[tuple[str, Tensor]]:
     # Drawing 6 billion normal numbers takes minutes on a CPU. A pool of a prime length, read on and on, has no two
     # rows alike within its 67 million numbers, and makes every matrix of full rank.
     pool = torch.randn(67_108_859, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
-    place = 0
+    place, tokenizer = 0, load_tokenizer(TINY)
     for name, (shape, _) in layout(native_config(layers)).items():
         size = shape[0] * (shape[1] if len(shape) == 2 else 1)
         if len(shape) == 2:
             end = place + size
-            yield name, pool.repeat(-(-end // len(pool)))[place:end].view(shape).clone()
+            tensor = pool.repeat(-(-end // len(pool)))[place:end].view(shape).clone()
+            if name.endswith("output_layer.weight"):
+                tensor[[*tokenizer.stop_ids, *range(tokenizer.vocab_size, shape[0])]] = 0
+            yield name, tensor
             place = end % len(pool)
         else:
             yield name, (torch.zeros if name.endswith("bias") else torch.ones)(shape, dtype=torch.float16)
