@@ -6,8 +6,6 @@ long prompt does not hold up the others; what is then left, one id, is what a re
 """
 
 import asyncio
-import heapq
-import itertools
 import logging
 import threading
 from collections import deque
@@ -93,6 +91,8 @@ class _Request:
     deltas: asyncio.Queue[Delta | Failure] = field(default_factory=asyncio.Queue)
     answer: list[int] = field(default_factory=list)
     cached: int = 0
+    turn: int = 0
+    """Among those that wait; see FairTurns."""
     ended: bool = False
     """Answered, failed, or given up by the client: its row is free at the next pass."""
 
@@ -144,10 +144,8 @@ class TransformersEngine:
         self._cache = SlotCache(config.num_hidden_layers, self.max_batch, self.context_length)
         self._graphs = DecodeGraphs(self._pass, self._cache, model.device, captures) if captures else None
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()
-        self._waiting: list[tuple[int, int, _Request]] = []
-        """A heap of turn, number of the arrival, and request."""
+        self._waiting: list[_Request] = []
         self._turns = FairTurns()
-        self._numbers = itertools.count()
         self._reading: deque[_Request] = deque()
         """Running requests whose prompts are not read yet; the first has the next turn."""
         self._death: str | None = None
@@ -163,7 +161,7 @@ class TransformersEngine:
     @property
     def load(self) -> Load:
         """What it has to do; see `Engine.load`."""
-        running, waiting = list(self.running), [request for _, _, request in list(self._waiting)]
+        running, waiting = list(self.running), [*self._waiting]
         cached = sum(request.cached for request in running)
         return Load(
             running=len(running),
@@ -242,8 +240,8 @@ class TransformersEngine:
             request = self._arrivals.get()
             if request is None:
                 return False
-            turn = self._turns.take(request.sampling.client, len(request.ids) + request.sampling.max_tokens)
-            heapq.heappush(self._waiting, (turn, next(self._numbers), request))
+            request.turn = self._turns.take(request.sampling.client, len(request.ids) + request.sampling.max_tokens)
+            self._waiting.append(request)
         return True
 
     def _retire(self) -> None:
@@ -258,9 +256,10 @@ class TransformersEngine:
     def _admit(self) -> None:
         """Give free rows to waiting requests."""
         while self._waiting and len(self.running) < self.max_batch:
-            turn, _, request = heapq.heappop(self._waiting)
+            request = min(self._waiting, key=lambda waiting: waiting.turn)  # of equal turns the first that came
+            self._waiting.remove(request)
             if not request.ended:
-                self._turns.begin(turn)
+                self._turns.begin(request.turn)
                 self._cache.erase(len(self.running))
                 self.running.append(request)
                 self._reading.append(request)
@@ -375,7 +374,7 @@ class TransformersEngine:
     def _die(self, reason: str) -> None:
         """Refuse new requests and fail those under way."""
         self._death = reason
-        requests = [*self.running, *(request for _, _, request in self._waiting)]
+        requests = [*self.running, *self._waiting]
         while not self._arrivals.empty():
             request = self._arrivals.get()
             requests += [request] if request else []
