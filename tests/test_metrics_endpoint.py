@@ -6,10 +6,8 @@ import re
 import shutil
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from serve_app.metrics import INSTRUMENTS, PREFIX, Metrics
 from serve_app.routes import make_api
 from tests.clockwork import Clockwork
 from tests.http_server import served
+from tests.trace_collector import collector
 from tests.waiting import wait_for
 
 DASHBOARD = Path(front.__file__).with_name("grafana.json")
@@ -280,24 +279,11 @@ def test_a_request_without_a_trace_begins_one_and_a_failure_is_an_error(monkeypa
 
 
 def test_spans_are_sent_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
-    received: list[tuple[str, bytes]] = []
-
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
     assert tracing.make_tracer() is None
-    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
-        threading.Thread(target=collector.serve_forever, daemon=True).start()
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    with collector() as (address, received):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         Service().request("GET", "/v1/models")
         wait_for(lambda: bool(received), 30)
-        collector.shutdown()
     assert received[0][0] == "/v1/traces"
     assert b"GET /v1/models" in received[0][1]

@@ -5,9 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.serving import PROJECT, replicas, served
+from tests.trace_collector import collector
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -27,33 +26,14 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @dataclass
 class Service:
-    """Where it is, and the bodies of what it sent to the collector of traces."""
+    """Where it is, and the paths and bodies of what it sent to the collector of traces."""
 
-    url: str = ""
-    exports: list[bytes] = field(default_factory=list)
+    url: str
+    exports: list[tuple[str, bytes]]
 
     def ask(self, text: str, **headers: str) -> httpx.Response:
         body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 3}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
-
-
-@contextmanager
-def collector(service: Service) -> Iterator[str]:
-    """Where spans are sent to."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            service.exports.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +45,11 @@ def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     [deployment] = application["deployments"]
     by_tokens = {"policy_function": "serve_app.scaling:ByWaitingTokens", "policy_kwargs": {"tokens": 200}}
     deployment["autoscaling_config"] |= {"target_ongoing_requests": 32, "upscale_delay_s": 1, "policy": by_tokens}
-    running = Service()
-    with collector(running) as address:
+    with collector() as (address, exports):
         told = {"OTEL_EXPORTER_OTLP_ENDPOINT": address, "OTEL_BSP_SCHEDULE_DELAY": "100"}
         deployment["ray_actor_options"] = {"num_cpus": 0.5, "runtime_env": {"env_vars": told}}
-        with served(config, tmp_path_factory.mktemp("serve")) as running.url:
-            yield running
+        with served(config, tmp_path_factory.mktemp("serve")) as url:
+            yield Service(url, exports)
 
 
 def logged(request_id: str) -> list[dict[str, Any]]:
@@ -91,7 +70,7 @@ def test_a_request_is_found_in_the_log_by_the_id_that_its_answer_has(service: Se
 
 
 def spans(service: Service) -> list[Any]:
-    parsed = map(ExportTraceServiceRequest.FromString, service.exports)
+    parsed = [ExportTraceServiceRequest.FromString(body) for _, body in service.exports]
     return [
         span
         for export in parsed
