@@ -114,11 +114,9 @@ def _encode_all(files: list[Path], config: PackingConfig, total: int) -> Iterato
 def _encode_here(files: list[Path], config: PackingConfig) -> Iterator[dict[str, Any]]:
     """What would be one task: the processes that Ray Data starts for it take longer than the rows."""
     for file in files:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        batch = {"path": np.full(len(lines), str(file)), "text": np.array(lines, object)}
-        columns = _encode_batch(batch, config)
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+        for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
+            ids, targets, error = encode_row(line, config)
+            yield {"path": str(file), "input_ids": ids, "is_target": targets, "error": error}
 
 
 def _encode_on_cluster(files: list[Path], config: PackingConfig) -> Iterator[dict[str, Any]]:
@@ -135,19 +133,21 @@ def _encode_batch(batch: dict[str, np.ndarray], config: PackingConfig) -> dict[s
     columns: dict[str, Any] = {"path": batch["path"], "input_ids": [], "is_target": [], "error": []}
     for line in batch["text"]:
         ids, targets, error = encode_row(str(line), config)
-        columns["input_ids"].append(np.asarray(ids, np.int32))
-        columns["is_target"].append(np.asarray(targets, bool))
+        columns["input_ids"].append(ids)
+        columns["is_target"].append(targets)
         columns["error"].append(error)
     return columns
 
 
-def encode_row(line: str, config: PackingConfig) -> tuple[list[int], list[bool], str]:
+def encode_row(line: str, config: PackingConfig) -> tuple[np.ndarray, np.ndarray, str]:
     """One JSON line as (ids, is_target, what is wrong with it)."""
+    ids, targets, wrong = list[int](), list[bool](), ""
     try:
         limits = config.max_input_length, config.max_output_length
-        return *encode(json.loads(line), _tokenizer(config.tokenizer), config.prompt_format, *limits), ""
+        ids, targets = encode(json.loads(line), _tokenizer(config.tokenizer), config.prompt_format, *limits)
     except (ValueError, TypeError, KeyError, AttributeError, ModelError) as error:
-        return [], [], f"no training row ({error!r})"
+        wrong = f"no training row ({error!r})"
+    return np.asarray(ids, np.int32), np.asarray(targets, bool), wrong
 
 
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
