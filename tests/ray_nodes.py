@@ -1,7 +1,6 @@
 """A Ray cluster of a head and two workers on this machine, its memory in Redis, as KubeRay's pods would be."""
 
 import contextlib
-import json
 import shutil
 import subprocess
 import tempfile
@@ -51,8 +50,9 @@ class Nodes:
 
     def alive(self) -> int:
         """How many nodes there are."""
-        listed = self.command("ray", "list", "nodes", "--filter", "state=ALIVE", "--format", "json").stdout
-        return len(json.loads(listed or "[]"))
+        listed = self.get("/nodes?view=summary")
+        nodes = listed["data"]["summary"] if listed else []
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def get(self, path: str) -> Any:
         """What the dashboard says there; None where it does not answer."""
