@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.train_command import SETTINGS, prepare_rows
 from cluster import session, storage
 from pipelines.model_folders import open_model
+from pipelines.run.planning import make_plan
 from pipelines.run.progress import MetricsLog, read_metrics
-from pipelines.run.worker import Training
-from pipelines.training import TrainConfig, make_plan, train
+from pipelines.run.training_steps import Training
+from pipelines.training import TrainConfig, train
 
 WARM_UP = 10
 

@@ -23,9 +23,10 @@ from pipelines.compute.block_files import BlockFile
 from pipelines.model_folders import open_model
 from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.report_page import as_svg, drawing, grid, write_page
+from pipelines.run.planning import make_plan
 from pipelines.run.training_config import TrainConfig
-from pipelines.run.training_plan import make_plan
-from pipelines.run.worker import Training, TrainingPlan
+from pipelines.run.training_plan import TrainingPlan
+from pipelines.run.training_steps import Training
 
 TARGETS = {
     "qkv": ["q_proj", "k_proj", "v_proj"],

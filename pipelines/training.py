@@ -16,9 +16,9 @@ from cluster.errors import StageError
 from pipelines.model_folders import ModelFolder, open_model
 from pipelines.run.checkpoint_store import CheckpointStore
 from pipelines.run.memory import CHOICE
+from pipelines.run.planning import make_plan
 from pipelines.run.trackers import require
 from pipelines.run.training_config import BESIDE_THE_CURVE, TrainConfig
-from pipelines.run.training_plan import make_plan
 from pipelines.run.training_report import write_training_report
 from pipelines.run.training_run import run_plan
 

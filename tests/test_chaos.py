@@ -12,9 +12,10 @@ from benchmarks.train_command import SETTINGS, Run, curve
 from cluster import storage
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
+from pipelines.run.planning import make_plan
 from pipelines.run.progress import read_metrics
-from pipelines.run.worker import Training
-from pipelines.training import TrainConfig, make_plan
+from pipelines.run.training_steps import Training
+from pipelines.training import TrainConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from benchmarks.train_command import SETTINGS
 from cluster import storage
 from pipelines.model_folders import open_model
+from pipelines.run.planning import make_plan
 from pipelines.run.progress import read_metrics
-from pipelines.run.worker import Training
-from pipelines.training import TrainConfig, make_plan, train
+from pipelines.run.training_steps import Training
+from pipelines.training import TrainConfig, train
 
 pytestmark = pytest.mark.slow
 

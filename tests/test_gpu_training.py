@@ -23,10 +23,12 @@ from cluster import storage
 from pipelines.merging import MergeConfig, merge
 from pipelines.model_folders import open_model
 from pipelines.run.memory import Memory
+from pipelines.run.planning import make_plan
 from pipelines.run.progress import read_metrics
+from pipelines.run.training_plan import TrainingPlan
+from pipelines.run.training_steps import Training
 from pipelines.run.utilisation import peak_flops
-from pipelines.run.worker import Training, TrainingPlan
-from pipelines.training import TrainConfig, make_plan, train
+from pipelines.training import TrainConfig, train
 from tests.training_runs import curve, kill_a_worker_after_step
 
 pytestmark = [

@@ -18,7 +18,7 @@ from cluster.errors import StageError
 from pipelines.compute import step
 from pipelines.run.callbacks import LastingErrors
 from pipelines.run.memory import Memory, _fastest, _kept_eagerly, choose_memory, linear_shapes, needed_gb
-from pipelines.run.worker import lora_config
+from pipelines.run.training_steps import lora_config
 from pipelines.training import TrainConfig, _digest
 
 QKV = {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]}

@@ -16,10 +16,13 @@ from benchmarks.train_command import SETTINGS
 from cluster import storage
 from pipelines.model_folders import open_model
 from pipelines.run import worker
+from pipelines.run.planning import make_plan
 from pipelines.run.progress import read_metrics
 from pipelines.run.saving import UNKNOWN
-from pipelines.run.worker import Training, TrainingPlan, train_worker
-from pipelines.training import TrainConfig, make_plan
+from pipelines.run.training_plan import TrainingPlan
+from pipelines.run.training_steps import Training
+from pipelines.run.worker import train_worker
+from pipelines.training import TrainConfig
 
 CPU = torch.device("cpu")
 

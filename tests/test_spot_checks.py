@@ -13,10 +13,12 @@ from chatglm3.tiny import FOLDER
 from cluster import storage
 from pipelines.compute.step import compile_layers
 from pipelines.model_folders import open_model
+from pipelines.run.planning import make_plan
 from pipelines.run.spot_checks import SpotCheck, draw_questions
-from pipelines.run.worker import Training, TrainingPlan
+from pipelines.run.training_plan import TrainingPlan
+from pipelines.run.training_steps import Training
 from pipelines.scores.questions import score_answer
-from pipelines.training import TrainConfig, make_plan
+from pipelines.training import TrainConfig
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,10 @@ from cluster import storage
 from cluster.errors import StageError
 from pipelines.compute.zero import keep_no_weight
 from pipelines.model_folders import open_model
-from pipelines.run.worker import Training, TrainingPlan
-from pipelines.training import TrainConfig, make_plan, train
+from pipelines.run.planning import make_plan
+from pipelines.run.training_plan import TrainingPlan
+from pipelines.run.training_steps import Training
+from pipelines.training import TrainConfig, train
 from tests.training_runs import assert_same_curve, kill_a_worker_after_step, scores
 
 pytestmark = pytest.mark.slow

@@ -21,8 +21,8 @@ from cluster.errors import StageError
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
 from pipelines.run.checkpoint_store import COPY, LIST, CheckpointStore
+from pipelines.run.planning import who_waits
 from pipelines.run.progress import MetricsLog, describe, read_metrics
-from pipelines.run.training_plan import who_waits
 from pipelines.run.training_run import _tell_where_it_begins
 from pipelines.training import TrainConfig, _publish, train
 from tests.training_runs import assert_same_curve, checkpoint_lists, kill_a_worker_after_step, scores, steps_of

@@ -16,8 +16,8 @@ from pipelines.compute.step import answer_loss, trainable_model
 from pipelines.run.progress import describe
 from pipelines.run.training_config import LoraSettings
 from pipelines.run.training_report import summary, write_training_report
+from pipelines.run.training_steps import lora_config
 from pipelines.run.utilisation import peak_flops, step_flops
-from pipelines.run.worker import lora_config
 
 LORA = LoraSettings(rank=8, alpha=16, dropout=0.0, targets=["q_proj", "down_proj"])
 

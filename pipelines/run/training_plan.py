@@ -1,80 +1,55 @@
-"""Settings, data and a base worked out as a plan: blocks, steps, and what a GPU has memory for."""
+"""What every worker must know of a run: its files, its steps, and how to learn in each."""
 
 import math
-import sys
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from chatglm3.checkpoint import read_config
-from cluster import storage
-from cluster.errors import StageError
-from pipelines.compute.block_files import BlockFile
-from pipelines.model_folders import ModelFolder
-from pipelines.run.memory import CHOICE, Memory, choose_memory
-from pipelines.run.packing import PackingConfig, pack_split
-from pipelines.run.spot_checks import draw_questions
-from pipelines.run.training_config import TrainConfig
-from pipelines.run.worker import TrainingPlan
-
-_PACKING_FIELDS = {"prompt_format", "max_input_length", "max_output_length"}
+from chatglm3.chat import PromptFormat
+from cluster.config import Config
+from pipelines.compute.step import BaseFormat
+from pipelines.compute.strategies import Strategy
+from pipelines.run.training_config import LoraSettings
+from pipelines.scores.questions import LONGEST_ANSWER
 
 
-def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, folder: Path, gpus: int) -> TrainingPlan:
-    """Pack the data and work out what every worker must know; raises StageError when there is nothing to train on."""
-    longest = int(data.receipt.config.get("max_tokens") or 0)
-    memory = choose_memory(config, read_config(base.path), longest, folder / CHOICE, gpus)
-    sized = {"block_tokens": memory.block_tokens}
-    packing = PackingConfig(tokenizer=base.location, **config.model_dump(include=_PACKING_FIELDS), **sized)
-    blocks = {split: str(pack_split(data, split, packing, folder.parent / "blocks")) for split in ("train", "dev")}
-    counts = storage.open_folder(Path(blocks["train"]).parent).receipt.counts
-    if not BlockFile(blocks["train"]).target_counts.any():
-        raise StageError(f"--data {config.data} holds no training rows with an answer; run prepare again")
-    keep: Literal["last", "best"] = "best" if config.patience else config.keep
-    if keep == "best" and not BlockFile(blocks["dev"]).target_counts.any():
-        raise StageError(
-            f"--patience and --keep best go by the dev loss, but --data {config.data} has no dev rows; "
-            f"prepare it with a --dev_share, or leave them out"
-        )
-    questions = folder / "questions.jsonl"
-    has_questions = draw_questions(data.path / "dev", config.score_rows, questions)
-    per_step = max(1, round(config.batch_size * counts["blocks"] / counts["examples"]))
-    steps_per_epoch = math.ceil(counts["blocks"] / per_step)
-    steps = min(math.ceil(config.epochs * steps_per_epoch), config.max_steps or 10**12)
-    _tell(counts, steps, per_step, memory, config.workers)
-    return TrainingPlan(
-        **config.model_dump(include=set(TrainingPlan.model_fields) - {"base", "block_tokens", "recompute", "keep"}),
-        base=base.location,
-        block_tokens=memory.block_tokens,
-        recompute=memory.recompute,
-        keep=keep,
-        folder=str(folder),
-        train_blocks=blocks["train"],
-        dev_blocks=blocks["dev"],
-        blocks_per_step=per_step,
-        steps=steps,
-        save_every=config.save_steps or steps_per_epoch,
-        eval_every=config.eval_steps or steps_per_epoch,
-        questions=str(questions) if has_questions else "",
-    )
+class TrainingPlan(Config):
+    """All a worker must know, worked out by the train stage."""
+
+    base: str
+    base_format: BaseFormat
+    lora: LoraSettings
+    recompute: bool
+    compiled: bool = True
+    """Whether a GPU's decoder layers are compiled, which takes half a minute and a C compiler."""
+    strategy: Strategy = "ddp"
+    block_tokens: int
+    learning_rate: float
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    folder: str
+    """Where metrics.jsonl and tensorboard/ go; shared by all nodes."""
+    train_blocks: str
+    dev_blocks: str
+    blocks_per_step: int
+    steps: int
+    save_every: int
+    eval_every: int
+    patience: int = 0
+    keep: Literal["last", "best"] = "last"
+    """Which adapter the run is for: that of the last step, or of the lowest dev loss."""
+    prompt_format: PromptFormat = "chat"
+    questions: str = ""
+    """File of dev rows to answer at each evaluation; "": none."""
+    score_tokens: int = LONGEST_ANSWER
 
 
-def _tell(counts: dict[str, Any], steps: int, per_step: int, memory: Memory, workers: int) -> None:
-    fill = counts["tokens"] / counts["blocks"] / memory.block_tokens
-    print(
-        f"train: {counts['examples']:,} examples, {counts['tokens']:,} tokens in {counts['blocks']:,} blocks "
-        f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {workers} workers"
-    )
-    if waiting := who_waits(counts["blocks"], counts["examples"], per_step, workers):
-        print(f"train: {waiting}", file=sys.stderr)
-
-
-def who_waits(blocks: int, examples: int, per_step: int, workers: int) -> str:
-    """How many workers wait in each step for others with one block more, and what would help; "" if none does."""
-    per_step = min(per_step, blocks)
-    rounds, waiting = -(-per_step // workers), -per_step % workers
-    if not waiting:
-        return ""
-    even = workers * min(max(1, round(per_step / workers)), blocks // workers)
-    remedy = f"--batch_size {round(even * examples / blocks)} makes it {even}" if even else f"--workers {blocks} do"
-    share = {1: "all", 2: "half"}.get(rounds, f"1/{rounds}")
-    return f"{per_step} blocks a step on {workers} workers: {waiting} wait for {share} of each step; {remedy}"
+def learning_rate(plan: TrainingPlan, step: int) -> float:
+    """The rate of 0-based `step`: linear warm-up, then the schedule, which reaches 0 after the last step."""
+    warmup = math.ceil(plan.warmup_ratio * plan.steps)
+    if step < warmup:
+        return plan.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, plan.steps - warmup)
+    factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}
+    return plan.learning_rate * factor[plan.schedule]

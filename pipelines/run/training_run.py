@@ -14,7 +14,8 @@ from pipelines.run.checkpoint_store import CheckpointStore
 from pipelines.run.progress import LossBoard, read_metrics
 from pipelines.run.trackers import tracked
 from pipelines.run.training_config import TrainConfig
-from pipelines.run.worker import TrainingPlan, train_worker
+from pipelines.run.training_plan import TrainingPlan
+from pipelines.run.worker import train_worker
 
 SECONDS_BETWEEN_RESIZES = 20.0
 """How long a new node may stand idle beside a run of --min_workers; each change of size restarts the workers."""
