@@ -20,7 +20,7 @@ from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.rows.corpus import read_documents, write_corpus
-from pipelines.rows.data_report import write_report
+from pipelines.rows.data_report import Account, write_report
 from pipelines.rows.data_statistics import Statistics
 from pipelines.rows.lines import Piece, cut
 from pipelines.rows.planning import Choices, Plan, make_plan
@@ -118,18 +118,18 @@ def prepare(config: PrepareConfig) -> str:
     files = [*shards, *replay]
     receipt = storage.receipt_of("prepare", config)
     with storage.publish(config.out, receipt) as folder, _beside(storage.file_digest, files) as digests:
-        report = write_data(config, files, len(shards), folder)
+        account = write_data(config, files, len(shards), folder)
         receipt.inputs.update(zip(_names(files, 0), digests, strict=True))
         dataset = _dataset_digest(folder)
-        write_report(folder, {"dataset": dataset, **report}, config.model_dump())
+        write_report(folder, account, dataset, config.model_dump())
         receipt.facts.update(preset=config.preset, prompt_digest=format_digest(), tokenizer=tokenizer, dataset=dataset)
-        receipt.counts.update(_counts(report))
+        receipt.counts.update(_counts(account))
     _announce(config, receipt.counts)
     return config.out
 
 
-def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: Path) -> dict[str, Any]:
-    """Write rows, sources and quarantine under `folder`; returns what the report shows.
+def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: Path) -> Account:
+    """Write rows, sources and quarantine under `folder`; returns an account of them.
 
     `files` are the raw shards and, from the `num_raw`th on, those to replay. Raises StageError for too bad input.
     """
@@ -156,20 +156,16 @@ def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: P
     with _corpus(config, plan, order) as order:
         for part in stream(write_part, plan.parts, "write rows", config.workers, order=order):
             statistics.add(part)
-    return {
-        "lines": {
-            "read": found.lines,
-            "blank": found.blank,
-            "good": len(found.records),
-            "bad": len(found.bad) - len(refused),
-        },
-        "files_refused": len(refused),
-        "bad": dict(Counter(row.kind for row in found.bad if row.line).most_common()),
-        "dropped": dict(plan.dropped),
-        "leaks": plan.leaks | {"dev_documents_in_training_prompts": statistics.documents_seen(plan.dev_documents)},
-        "statistics": statistics,
-        "quarantine": found.bad,
-    }
+    num_bad = len(found.bad) - len(refused)
+    return Account(
+        lines={"read": found.lines, "blank": found.blank, "good": len(found.records), "bad": num_bad},
+        files_refused=len(refused),
+        bad=dict(Counter(row.kind for row in found.bad if row.line).most_common()),
+        dropped=dict(plan.dropped),
+        leaks=plan.leaks | {"dev_documents_in_training_prompts": statistics.documents_seen(plan.dev_documents)},
+        statistics=statistics,
+        quarantine=found.bad,
+    )
 
 
 def survey_pieces(config: PrepareConfig, pieces: list[tuple[int, Piece]], num_raw: int) -> Findings:
@@ -269,10 +265,9 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(map(one_line, rows))
 
 
-def _counts(report: dict[str, Any]) -> dict[str, int]:
-    statistics: Statistics = report["statistics"]
-    sides = {side: statistics.rows[side] for side in ("train", "dev")}
-    return {**sides, **report["lines"], **{name.replace(" ", "_"): n for name, n in report["dropped"].items()}}
+def _counts(account: Account) -> dict[str, int]:
+    sides = {side: account.statistics.rows[side] for side in ("train", "dev")}
+    return {**sides, **account.lines, **{name.replace(" ", "_"): n for name, n in account.dropped.items()}}
 
 
 def _announce(config: PrepareConfig, counts: Mapping[str, float]) -> None:

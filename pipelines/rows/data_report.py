@@ -3,6 +3,7 @@
 import html
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,30 @@ from pipelines.rows.shards import BadRow
 BAD_ROWS_SHOWN = 50
 
 
-def write_report(folder: Path, report: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write report.json and report.html into `folder`. `report` is what `preparation.write_data` returns."""
-    statistics: Statistics = report["statistics"]
+@dataclass
+class Account:
+    """What became of every raw line, and what the rows written are like."""
+
+    lines: dict[str, int]
+    """How many were read, and how many of them were blank, good and bad."""
+    files_refused: int
+    bad: dict[str, int]
+    """How many lines were bad, by kind of fault."""
+    dropped: dict[str, int]
+    """How many good ones were left out, by reason."""
+    leaks: dict[str, int]
+    statistics: Statistics
+    quarantine: list[BadRow]
+
+
+def write_report(folder: Path, account: Account, dataset: str, settings: Mapping[str, Any]) -> None:
+    """Write report.json and report.html into `folder`; `dataset` is the digest of its rows."""
+    statistics = account.statistics
     numbers = {
-        "dataset": report["dataset"],
-        **{name: report[name] for name in ("lines", "files_refused", "bad", "dropped")},
+        "dataset": dataset,
+        **{name: getattr(account, name) for name in ("lines", "files_refused", "bad", "dropped")},
         **statistics.summary(),
-        "leaks": report["leaks"],
+        "leaks": account.leaks,
     }
     (folder / "report.json").write_text(json.dumps(numbers, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     samples = statistics.samples[:SAMPLES_SHOWN]
@@ -33,7 +50,7 @@ def write_report(folder: Path, report: Mapping[str, Any], settings: Mapping[str,
         "Pictures": _pictures(numbers, statistics),
         "Leak check": _leaks(numbers["leaks"]),
         f"{len(samples)} rows": _SAMPLES_HINT + "".join(map(_sample, samples)),
-        "Bad rows": _bad_rows(report["quarantine"]),
+        "Bad rows": _bad_rows(account.quarantine),
         "Settings": pairs(settings.items()),
     }
     write_page(folder / "report.html", "Prepared data", sections)
