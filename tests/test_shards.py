@@ -171,8 +171,9 @@ def test_no_row_ends_the_stage_and_all_rows_fit_and_have_texts(raw: list[Any], p
         (folder / "a.json").write_text("\n".join(map(json.dumps, raw)))
         config = PrepareConfig(preset=preset, max_tokens=256, dev_share=0.2, near_copies=0.8, triples=2)
         with contextlib.suppress(StageError):  # "no row is left for training"
-            report = write_data(config.model_copy(update={"max_bad_share": 1.0}), [folder / "a.json"], 1, folder)
-            assert max(report["statistics"].lengths()[0] + report["statistics"].lengths()[1]) <= 256
+            account = write_data(config.model_copy(update={"max_bad_share": 1.0}), [folder / "a.json"], 1, folder)
+            prompt, answer = account.statistics.lengths()
+            assert max(prompt + answer) <= 256
             for file in folder.glob("train/*.jsonl"):
                 for line in map(json.loads, file.read_text().splitlines()):
                     assert line.get("messages") or (line["instruction"].strip() and line["output"].strip())
@@ -220,6 +221,7 @@ def test_a_tool_turn_is_a_call_by_the_assistant_and_the_observation_that_answers
         ({"conversations": [{"role": "bot", "content": "x"}]}, r"conversations\[0\].role is none of system, user"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "no turn of the assistant to learn from"),
         ({"conversations": [{"role": "assistant", "content": None}]}, r"conversations\[0\].content is missing"),
+        ({"conversations": [{"role": "user", "content": " "}]}, r"conversations\[0\].content is empty"),
         ({"conversations": [{"role": "assistant", "content": "x", "loss": 1}]}, r"loss is neither true nor false: 1"),
         ({"conversations": [{"role": "tool", "name": "f", "parameters": {"a b": 1}}]}, "parameters is no object of"),
         ({"conversations": [{"role": "tool", "name": "f", "parameters": {"from": 1}}]}, "names that code can have"),

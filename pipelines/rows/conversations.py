@@ -68,9 +68,10 @@ def _turn(turn: Any, where: str) -> list[Message]:
     content, metadata = turn.get("content"), turn.get("metadata") or ""
     if not isinstance(content, str) or not isinstance(metadata, str):
         raise RowError(f"{where}.content is missing or no text")
+    is_said = turn["role"] == "user" or (turn["role"] == "assistant" and loss)
+    if is_said and not content.strip():
+        raise RowError(f"{where}.content is empty")
     if turn["role"] == "assistant":
-        if loss and not content.strip():
-            raise RowError(f"{where}.content is empty")
         silent = {} if loss else {"loss": False}
         return [{"role": "assistant", "content": content, **({"metadata": metadata} if metadata else {}), **silent}]
     return [{"role": turn["role"], "content": content}]
