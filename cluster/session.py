@@ -5,6 +5,8 @@ import os
 import secrets
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,27 @@ def _start_private_session(quiet: dict[str, Any]) -> None:
     # Ray guards a private session by a token. One of this process alone leaves no token file in the home folder,
     # which would switch a later `ray start` to token mode by surprise.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # With as many workers as CPUs Ray Data gets none and waits for ever; CPUs are only Ray's admission tickets.
-    ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    with _environment("RAY_API_SERVER_ADDRESS", _NO_API):
+        # With as many workers as CPUs Ray Data gets none and waits for ever; CPUs are only Ray's admission tickets.
+        ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+# Ray Train ends a run whose controller the dashboard does not know. A private session has no dashboard, and asks any
+# other cluster at port 8265 unless it is told of another: here of one where nobody answers, which ends nothing.
+_NO_API = "http://127.0.0.1:9"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for the processes that are started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def gpus_per_worker(use_gpu: bool | None) -> int:
