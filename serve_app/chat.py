@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.engines import Delta, Engine, FinishReason
@@ -19,6 +18,7 @@ from serve_app.chat_schema import AnsweredTool, AnswerMessage, ChatCompletion, C
 from serve_app.errors import ApiError
 from serve_app.logprobs import content_logprob, token_bytes
 from serve_app.models import Models
+from serve_app.off_loop import off_loop
 from serve_app.request_record import take_on
 from serve_app.requests import DEFAULT_MAX_TOKENS, chat_guide, chatglm3_messages, chatglm3_tools, samplings
 
@@ -37,13 +37,13 @@ def add_route(
         if tools and not is_chat:
             raise ApiError(400, "this model knows no tools: it was tuned without roles", param="tools")
         messages = chatglm3_messages(body.messages)
-        prompt_ids = await run_in_threadpool(question_ids, tokenizer, messages, prompt_format, tools)
+        prompt_ids = await off_loop(request, question_ids, tokenizer, messages, prompt_format, tools)
         room = engine.context_length - len(prompt_ids)
         asked = samplings(
             body,
             max_tokens=body.max_tokens or body.max_completion_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            guide=await run_in_threadpool(chat_guide, body, tools, is_chat),
+            guide=await off_loop(request, chat_guide, body, tools, is_chat),
             adapter=adapter,
         )
         await engine.prepare(asked[0])

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator
 
 from fastapi import FastAPI, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from chatglm3.engines import Delta, Engine, FinishReason, TokenLogprob
 from chatglm3.stream import StopTexts
@@ -13,6 +12,7 @@ from serve_app.answers import STREAMS, Answer, Json, respond
 from serve_app.completion_schema import Completion, CompletionLogprobs, CompletionRequest
 from serve_app.logprobs import text_logprobs, token_text
 from serve_app.models import Models
+from serve_app.off_loop import off_loop
 from serve_app.request_record import take_on
 from serve_app.requests import guide_of, samplings
 
@@ -33,7 +33,7 @@ def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models:
             guide=guide_of(body, ""),
             adapter=models.adapter(body.model),
         )
-        prompts = [await run_in_threadpool(prompt_ids, tokenizer, prompt) for prompt in body.prompts()]
+        prompts = [await off_loop(request, prompt_ids, tokenizer, prompt) for prompt in body.prompts()]
         await engine.prepare(asked[0])
         tokens = sum(len(ids) + sum(sampling.max_tokens for sampling in asked) for ids in prompts)
         await take_on(len(prompts) * len(asked), tokens)

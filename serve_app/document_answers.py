@@ -1,12 +1,12 @@
 """POST /v1/answer: a question answered from the caller's documents, with the places that the answer rests on."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from fastapi import FastAPI, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from chatglm3.answer_stream import AnswerStream, Piece
 from chatglm3.engines import Delta, Engine, EngineError, FinishReason, Sampling
@@ -53,7 +53,7 @@ def add_route(
             adapter=resolve(body.model or model_name),
         )
         await engine.prepare(sampling)
-        prompt_ids, parts = await run_in_threadpool(reader.prompt, body, engine.context_length - max_tokens)
+        prompt_ids, parts = await asyncio.to_thread(reader.prompt, body, engine.context_length - max_tokens)
         await take_on(1, len(prompt_ids) + max_tokens)
         deltas = engine.generate(prompt_ids, sampling)
         reply = ReplyStream() if reader.prompt_format == "chat" else None
@@ -125,7 +125,7 @@ class _Answer:
         read, written, found = self._prompt_tokens, self._completion_tokens, self._stream.whole
         assert self._finish_reason
         # A long quote with mistakes takes tens of milliseconds, in which all other answers would stand still.
-        citations = await run_in_threadpool(cite, found, self._request, self._parts)
+        citations = await asyncio.to_thread(cite, found, self._request, self._parts)
         body = AnswerBody(
             **self._head,
             **self._fit.model_dump(),

@@ -1,8 +1,7 @@
 """POST /tokenize and /detokenize, in vLLM's shape."""
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import Field, model_validator
-from starlette.concurrency import run_in_threadpool
 
 from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.engines import Engine
@@ -11,6 +10,7 @@ from serve_app.chat_schema import Message, Tool
 from serve_app.completion_schema import Ids
 from serve_app.logprobs import token_text
 from serve_app.models import Models
+from serve_app.off_loop import off_loop
 from serve_app.requests import chatglm3_messages, told
 from serve_app.schema import RequestBody, ResponseBody
 
@@ -67,20 +67,20 @@ def add_routes(
     """Give `api` the routes."""
 
     @api.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
         """The ids that the model would read."""
         if body.model is not None:
             models.adapter(body.model)
-        ids = await run_in_threadpool(_ids, body)
+        ids = await off_loop(request, _ids, body)
         strings = [token_text(tokenizer, token) for token in ids] if body.return_token_strs else None
         return Tokens(count=len(ids), max_model_len=engine.context_length, tokens=ids, token_strs=strings)
 
     @api.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Text:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Text:
         """The text of ids; control ids by name."""
         if body.model is not None:
             models.adapter(body.model)
-        return Text(prompt=await run_in_threadpool(tokenizer.decode, body.tokens))
+        return Text(prompt=await off_loop(request, tokenizer.decode, body.tokens))
 
     def _ids(body: TokenizeRequest) -> list[int]:
         if body.messages is not None:
