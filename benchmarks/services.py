@@ -118,6 +118,7 @@ def haproxy_environment() -> Iterator[dict[str, str]]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         **{f"RAY_SERVE_HAPROXY_{name}": str(Path(folder, file)) for name, file in files.items()},
     }
     try:
