@@ -8,7 +8,7 @@
 Training is weak scaling through Ray Train: every worker computes one packed block a step, so a perfect machine takes as
 long for eight workers as for one, and what it takes longer is the exchange of gradients and waiting for the slowest.
 Tokens that are not padding count; the median of the timed steps. Serving is a closed loop of so many users for each
-replica, behind Ray Serve with one HTTP proxy; output tokens count. Efficiency is the rate of one over that of the
+replica, behind Ray Serve with HAProxy; output tokens count. Efficiency is the rate of one over that of the
 first line of the same kind, per GPU. Without GPUs the same runs on CPU processes, which share the cores.
 """
 
@@ -22,8 +22,7 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.fault_places import ray_environment
-from benchmarks.services import example_config, service
+from benchmarks.services import example_config, haproxy_environment, service
 from chatglm3.endpoint import Endpoint
 from cluster import session, storage
 from pipelines.run.progress import read_metrics
@@ -121,7 +120,7 @@ def serving_lines(chosen: argparse.Namespace) -> Iterator[Line]:
         application["args"] |= {"model": chosen.model, "tensor_parallel": chosen.tensor_parallel}
         application["args"] |= {"name": "model", "max_batch": chosen.users}
         deployment |= {"max_ongoing_requests": chosen.users, "max_queued_requests": -1}
-        with service(config, ray_environment(), count) as running:
+        with haproxy_environment() as env, service(config, env, count) as running:
             prompt = Prompt([{"role": "user", "content": SERVING_PROMPT}], chosen.tokens)
             users = chosen.users * count
             asyncio.run(_ask(running.url, [prompt] * users, users))

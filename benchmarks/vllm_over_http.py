@@ -7,7 +7,7 @@ Where it answers:
     alone      vLLM's offline interface, LLM.generate, started as the engine starts vLLM, in a process of its own
     serve      `serve run`, Ray Serve's own proxy, one replica
     haproxy    the same with HAProxy as Serve's ingress
-    engines    the same with separate_engines=true: the engine in a replica of its own, behind two that speak HTTP
+    engines    HAProxy with separate_engines=true: the engine in a replica of its own, behind two that speak HTTP
 
 So many requests are sent at once, and the clock stops at the end of the last answer; then the next round. Prompts are
 random ids, 64 to 1,022 of them (log-normal, 640 in the median), none asked twice; answers are greedy and 128 tokens
@@ -123,7 +123,7 @@ def behind_haproxy(config: dict[str, Any], replicas: int) -> Iterator[str]:
 
 def over_http(place: str, model: Path, counts: Sequence[int], vocabulary: int) -> dict[int, Seen]:
     """The endpoint, at one of its places."""
-    behind = behind_haproxy if place == "haproxy" else behind_serve
+    behind = behind_serve if place == "serve" else behind_haproxy
     separate = place == "engines"
     with behind(config_of(model, max(counts), separate), 3 if separate else 1) as url:
 
