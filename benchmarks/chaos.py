@@ -2,10 +2,12 @@
 
     python -m benchmarks.chaos                        # all faults on two CPU workers, ten minutes
     python -m benchmarks.chaos worker driver          # some of them
+    python -m benchmarks.chaos worker --base DIR --data DIR --base_format nf4 --workers 8 --use_gpu true --batch_size 64
 
-Each fault strikes a run of the train command on the tiny model while it is computing. Where that ends the command, as
-a person would it is given again. Seconds are from the fault to the first new step, and to the command's end; the
-longest pause is between two steps after that first one. The curve is compared step by step with an undisturbed run's.
+Each fault strikes a run of the train command while it is computing: on the tiny model, unless other flags say so, which
+are train's own. Where the fault ends the command, as a person would it is given again. Seconds are from the fault to
+the first new step, and to the command's end; the longest pause is between two steps after that first one. The curve is
+compared step by step with an undisturbed run's.
 
 `raylet` and `link` start a Ray cluster of two nodes, the second one of `link` in a network namespace (root, `ip` of
 iproute2); `full-disk` mounts a small tmpfs (root), `slow-folder` a bindfs (root, apt-get install bindfs); `slow-store`
@@ -114,9 +116,9 @@ def _wait_for_end(run: Run) -> None:
     run.process.wait(timeout=60)
 
 
-def meet(name: str, data: str, folder: Path, expected: list[float]) -> Outcome:
+def meet(name: str, data: str, folder: Path, flags: dict[str, str], expected: list[float]) -> Outcome:
     """Run one fault."""
-    run = Run(data, folder / name / "adapter")
+    run = Run(data, folder / name / "adapter", dict(flags))
     with ExitStack() as stack:
         fault = FAULTS[name](run, stack)
         try:
@@ -132,17 +134,18 @@ def main() -> None:
     """Read the command line, run the faults, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
+    flags = {flag.removeprefix("--"): value for flag, value in zip(rest[::2], rest[1::2], strict=True)}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        data = prepare_rows(folder)
-        expected = undisturbed_curve(data, folder)
+        data = flags.pop("data", "") or prepare_rows(folder)
+        expected = undisturbed_curve(data, folder, flags)
         print(
             "| fault | killed | commands | steps lost | seconds to the next step | longest pause after it | "
             "seconds to the end | curve |\n|---|---|--:|--:|--:|--:|--:|---|"
         )
         for name in options.faults:
-            o = meet(name, data, folder, expected)
+            o = meet(name, data, folder, flags, expected)
             same = f"same (within {o.worst:.0e})" if o.worst < 1e-3 else f"OTHER ({o.worst:.2g})"
             seconds = f"{o.seconds:.1f} | {o.pause:.1f} | {o.to_end:.0f}"
             print(f"| {name} | {o.killed} | {o.commands} | {o.steps_lost} | {seconds} | {same} |", flush=True)

@@ -25,6 +25,7 @@ import torch
 from benchmarks.services import example_config, haproxy_environment, service
 from chatglm3.endpoint import Endpoint
 from cluster import session, storage
+from pipelines.run.packing import PackingConfig, pack_split
 from pipelines.run.progress import read_metrics
 from pipelines.training import TrainConfig, train
 from serve_app.load import Outcome, Prompt, at_once
@@ -77,31 +78,26 @@ def main() -> None:
 def training_lines(chosen: argparse.Namespace) -> Iterator[Line]:
     """A line for each format, strategy and number of workers."""
     session.connect()
-    rows_of_all_blocks = storage.open_folder(chosen.data, "prepare").receipt.counts["train"]
     kinds = [(f, s) for f in chosen.formats for s in chosen.strategies if f != "fp8" or s == "ddp"]
     for base_format, strategy in kinds:
-        examples = 1.0  # of a block, which is known after the run with one worker: it takes one block a step
-        for count in sorted({1, *chosen.count}):
+        settings = {"strategy": strategy, "base_format": base_format, "block_tokens": chosen.block_tokens}
+        common = TrainConfig(data=chosen.data, base=chosen.base, epochs=10_000, score_rows=0, **settings)
+        seldom = {"eval_steps": 10**6, "save_steps": 10**6, "max_steps": WARM_UP + chosen.steps}
+        examples = _examples_of_a_block(common)
+        for count in chosen.count:
             with tempfile.TemporaryDirectory() as folder:
-                config = TrainConfig(
-                    data=chosen.data,
-                    base=chosen.base,
-                    out=f"{folder}/adapter",
-                    strategy=strategy,
-                    base_format=base_format,
-                    workers=count,
-                    batch_size=max(1, round(count * examples)),
-                    block_tokens=chosen.block_tokens,
-                    max_steps=WARM_UP + chosen.steps,
-                    epochs=10_000,
-                    eval_steps=10**6,
-                    save_steps=10**6,
-                    score_rows=0,
-                )
-                adapter = Path(train(config))
+                work = {"workers": count, "batch_size": max(1, round(count * examples)), "out": f"{folder}/adapter"}
+                adapter = Path(train(common.model_copy(update=seldom | work)))
                 rows = read_metrics(adapter / "metrics.jsonl")
-            examples = rows_of_all_blocks * rows[0]["epoch"] / count
             yield _training_line(f"{base_format}, {strategy}", count, rows[WARM_UP:])
+
+
+def _examples_of_a_block(config: TrainConfig) -> float:
+    packing = PackingConfig(tokenizer=config.base, **config.model_dump(include=set(PackingConfig.model_fields)))
+    with tempfile.TemporaryDirectory() as folder:
+        blocks = pack_split(storage.open_folder(config.data, "prepare"), "train", packing, Path(folder))
+        counts = storage.open_folder(blocks.parent).receipt.counts
+    return counts["examples"] / counts["blocks"]
 
 
 def _training_line(kind: str, count: int, rows: list[dict[str, float]]) -> Line:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,9 @@ def prepare_rows(folder: Path) -> str:
     return str(folder / "data")
 
 
-def undisturbed_curve(data: str, folder: Path) -> list[float]:
+def undisturbed_curve(data: str, folder: Path, flags: Mapping[str, Any]) -> list[float]:
     """The losses of a run that nothing happens to, on one worker."""
-    run = Run(data, folder / "undisturbed" / "adapter", {"workers": 1})
+    run = Run(data, folder / "undisturbed" / "adapter", {**flags, "workers": 1})
     run.start()
     assert run.process
     assert run.process.stderr

@@ -50,7 +50,7 @@ def test_the_curve_is_that_of_an_undisturbed_run(fault: str, rows: str, tmp_path
         pytest.skip("no bindfs (apt-get install bindfs), or no right to mount it")
     if fault == "link" and not may_link():
         pytest.skip("no right to make a network namespace, or no `ip` (iproute2)")
-    outcome = chaos.meet(fault, rows, tmp_path, [loss for _, loss in curve(Path(undisturbed))])
+    outcome = chaos.meet(fault, rows, tmp_path, {}, [loss for _, loss in curve(Path(undisturbed))])
     assert outcome.worst < 1e-3
     # Those since the last checkpoint that counts: an interval and what its upload took.
     assert outcome.steps_lost <= 3 * SETTINGS["save_steps"]
