@@ -52,7 +52,11 @@ def served(config: dict[str, Any], folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(150)  # a replica may take its graceful_shutdown_timeout_s
+        try:
+            process.wait(150)  # a replica may take its graceful_shutdown_timeout_s
+        except subprocess.TimeoutExpired:  # Python loses an interrupt that comes while a destructor runs
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
 
 
 def replicas(application: str, deployment: str = "") -> set[int]:
