@@ -2,10 +2,10 @@
 
     python -m benchmarks.chaos                        # all faults on two CPU workers, ten minutes
     python -m benchmarks.chaos worker driver          # some of them
-    python -m benchmarks.chaos worker --base DIR --data DIR --base_format nf4 --workers 8 --use_gpu true --batch_size 64
+    python -m benchmarks.chaos worker --train --base DIR --data DIR --base_format nf4 --workers 8 --use_gpu true
 
-Each fault strikes a run of the train command while it is computing: on the tiny model, unless other flags say so, which
-are train's own. Where the fault ends the command, as a person would it is given again. Seconds are from the fault to
+Each fault strikes a run of the train command while it is computing, on the tiny model unless flags of train say
+otherwise. Where the fault ends the command, as a person would it is given again. Seconds are from the fault to
 the first new step, and to the command's end; the longest pause is between two steps after that first one. The curve is
 compared step by step with an undisturbed run's.
 
@@ -134,8 +134,10 @@ def main() -> None:
     """Read the command line, run the faults, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", default=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
-    options, rest = parser.parse_known_args()
-    flags = {flag.removeprefix("--"): value for flag, value in zip(rest[::2], rest[1::2], strict=True)}
+    parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="last of all: flags of the train command")
+    options = parser.parse_args()
+    names, values = options.train[::2], options.train[1::2]
+    flags = {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data = flags.pop("data", "") or prepare_rows(folder)

@@ -79,15 +79,26 @@ def training_lines(chosen: argparse.Namespace) -> Iterator[Line]:
     """A line for each format, strategy and number of workers."""
     session.connect()
     kinds = [(f, s) for f in chosen.formats for s in chosen.strategies if f != "fp8" or s == "ddp"]
+    examples = _examples_of_a_block(TrainConfig(data=chosen.data, base=chosen.base, block_tokens=chosen.block_tokens))
     for base_format, strategy in kinds:
-        settings = {"strategy": strategy, "base_format": base_format, "block_tokens": chosen.block_tokens}
-        common = TrainConfig(data=chosen.data, base=chosen.base, epochs=10_000, score_rows=0, **settings)
-        seldom = {"eval_steps": 10**6, "save_steps": 10**6, "max_steps": WARM_UP + chosen.steps}
-        examples = _examples_of_a_block(common)
         for count in chosen.count:
             with tempfile.TemporaryDirectory() as folder:
-                work = {"workers": count, "batch_size": max(1, round(count * examples)), "out": f"{folder}/adapter"}
-                adapter = Path(train(common.model_copy(update=seldom | work)))
+                config = TrainConfig(
+                    data=chosen.data,
+                    base=chosen.base,
+                    out=f"{folder}/adapter",
+                    strategy=strategy,
+                    base_format=base_format,
+                    workers=count,
+                    batch_size=max(1, round(count * examples)),
+                    block_tokens=chosen.block_tokens,
+                    max_steps=WARM_UP + chosen.steps,
+                    epochs=10_000,
+                    eval_steps=10**6,
+                    save_steps=10**6,
+                    score_rows=0,
+                )
+                adapter = Path(train(config))
                 rows = read_metrics(adapter / "metrics.jsonl")
             yield _training_line(f"{base_format}, {strategy}", count, rows[WARM_UP:])
 

@@ -54,7 +54,7 @@ def served(config: dict[str, Any], folder: Path) -> Iterator[str]:
         process.send_signal(signal.SIGINT)
         try:
             process.wait(150)  # a replica may take its graceful_shutdown_timeout_s
-        except subprocess.TimeoutExpired:  # Python loses an interrupt that comes while a destructor runs
+        except subprocess.TimeoutExpired:  # seen once, with an idle replica; why, is not known
             process.send_signal(signal.SIGINT)
             process.wait(60)
 
