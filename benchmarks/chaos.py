@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.fault_places import end_tree
 from benchmarks.faults import FAULTS, GO_ON, Strike
+from benchmarks.processes import end_tree
 from benchmarks.train_command import STEPS, Run, curve, prepare_rows, undisturbed_curve
 
 STRIKE_AT = 7

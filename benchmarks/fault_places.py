@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
+from benchmarks.processes import end_tree
 
 BIN = Path(sys.executable).parent
 
@@ -140,14 +140,6 @@ def two_hosts() -> Iterator[tuple[dict[str, str], Link]]:
             end_tree(pid)
         link.remove()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def end_tree(pid: int) -> None:
-    """SIGKILL to a process and all below it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 def free_port() -> int:

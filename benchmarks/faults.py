@@ -20,7 +20,8 @@ from benchmarks.fault_places import (
     throttle,
     two_hosts,
 )
-from benchmarks.train_command import Run, command_line
+from benchmarks.processes import below
+from benchmarks.train_command import Run
 
 SLOW_BYTES = 100_000
 """A second: a checkpoint of the tiny model takes half a minute."""
@@ -110,8 +111,7 @@ def _raylet(run: Run, stack: ExitStack) -> Strike:
     run.flags = {"min_workers": 1}
 
     def kill(run: Run) -> str:
-        below = psutil.Process(node.pid).children(recursive=True)
-        [raylet] = [process for process in below if "raylet/raylet" in " ".join(command_line(process))]
+        [raylet] = below(node.pid, "raylet/raylet")
         raylet.kill()
         return "the raylet of 1 of 2 nodes"
 

@@ -14,7 +14,8 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.fault_places import BIN, end_tree, free_port, ray_environment
+from benchmarks.fault_places import BIN, free_port, ray_environment
+from benchmarks.processes import below, command_line, end_tree
 
 CONFIG = Path("serve_app/serve.yaml")
 HAPROXY = Path("serve_app/loopback_haproxy.py")
@@ -31,22 +32,14 @@ class Service:
     roots: Sequence[int]
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Its processes whose command line holds `name`, newest last."""
-        below = [child for root in self.roots for child in psutil.Process(root).children(recursive=True)]
-        found = [process for process in below if name in _title(process)]
-        return sorted(found, key=lambda process: process.create_time())
+        """Its processes whose command line holds `name`, those below one root newest last."""
+        return [process for root in self.roots for process in below(root, name)]
 
     def answers(self) -> bool:
         """Whether it is healthy."""
         with suppress(httpx.HTTPError):
             return httpx.get(f"{self.url}/healthz", timeout=2, trust_env=False).status_code == 200
         return False
-
-
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
 
 
 def megabytes(processes: Sequence[psutil.Process]) -> list[float]:
@@ -125,6 +118,6 @@ def haproxy_environment() -> Iterator[dict[str, str]]:
         yield env
     finally:
         for process in psutil.process_iter():  # one whose actor was killed has no parent to be found by
-            if folder in _title(process):
-                process.kill()
+            if folder in command_line(process):
+                end_tree(process.pid)
         shutil.rmtree(folder, ignore_errors=True)

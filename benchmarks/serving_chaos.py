@@ -31,7 +31,8 @@ import httpx
 import orjson
 import yaml
 
-from benchmarks.fault_places import BIN, end_tree, ray_environment, several_nodes
+from benchmarks.fault_places import BIN, ray_environment, several_nodes
+from benchmarks.processes import end_tree
 from benchmarks.services import (
     CONTROLLER,
     HAPROXY_MANAGER,

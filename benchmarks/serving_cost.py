@@ -21,7 +21,8 @@ from statistics import quantiles
 
 import psutil
 
-from benchmarks.fault_places import end_tree, free_port, ray_environment
+from benchmarks.fault_places import free_port, ray_environment
+from benchmarks.processes import end_tree
 from benchmarks.services import HAPROXY_PROCESS, PROXY, REPLICA, Service, haproxy_environment, service
 from benchmarks.stand_in import NAME, config
 from chatglm3.endpoint import Endpoint

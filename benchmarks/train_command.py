@@ -1,6 +1,5 @@
 """Runs of the train command on the tiny model, for benchmarks and tests to disturb, and what they came to."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.processes import below
 from chatglm3.tiny.knowledge import write_shards
 from pipelines.run.progress import read_metrics
 
@@ -78,15 +78,7 @@ class Run:
     def processes(self, name: str) -> list[psutil.Process]:
         """Processes below the command whose command line holds `name`."""
         assert self.process
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in below if name in " ".join(command_line(p))]
-
-
-def command_line(process: psutil.Process) -> list[str]:
-    """Its words; none if it has ended."""
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
+        return below(self.process.pid, name)
 
 
 def curve(adapter: Path) -> list[tuple[int, float]]:

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.fault_places import BIN, end_tree, free_port, ray_environment
+from benchmarks.fault_places import BIN, free_port, ray_environment
+from benchmarks.processes import below, end_tree
 from tests.waiting import wait_for
 
 
@@ -63,11 +64,11 @@ class Nodes:
     def kill_gcs(self) -> None:
         """SIGKILL to the head's GCS, with which the head ends."""
         assert self.head
-        below = psutil.Process(self.head.pid).children(recursive=True)
-        [gcs] = [process for process in below if "gcs_server" in process.name()]
+        of_the_head = below(self.head.pid)
+        [gcs] = below(self.head.pid, "gcs/gcs_server")
         gcs.kill()
         self.head.wait(60)
-        for process in below:  # the pod is gone, and all that was in it
+        for process in of_the_head:  # the pod is gone, and all that was in it
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         Path(self.folder, "ray_current_cluster").unlink()

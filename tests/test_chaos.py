@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import chaos, fault_places, faults
+from benchmarks.processes import end_tree
 from benchmarks.train_command import SETTINGS, Run, curve
 from cluster import storage
 from pipelines.model_folders import open_model
@@ -78,7 +79,7 @@ def test_a_worker_a_quarter_as_fast_only_slows_a_run_over_real_shards_down(
             assert run.process.wait(timeout=400) == 0
     finally:
         assert run.process
-        fault_places.end_tree(run.process.pid)
+        end_tree(run.process.pid)
     found = read_metrics(run.out / "metrics.jsonl")
     assert [row["loss"] for row in found] == pytest.approx(expected, rel=1e-4)
     assert {row["workers"] for row in found} == {2}

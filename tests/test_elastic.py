@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_places import BIN, end_tree, several_nodes
+from benchmarks.fault_places import BIN, several_nodes
+from benchmarks.processes import end_tree
 from benchmarks.train_command import Run
 from pipelines.run.progress import read_metrics
 from tests.waiting import wait_for

@@ -1,6 +1,5 @@
 """Stages as Ray jobs on a cluster started by `ray start`: they succeed, fail with one line, stop without leftovers."""
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -8,10 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from benchmarks.fault_places import BIN, free_port
+from benchmarks.processes import end_tree
 from chatglm3.tiny.knowledge import write_shards
 
 pytestmark = pytest.mark.slow
@@ -38,9 +37,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         wait_for_port(dashboard)
         yield env
     finally:
-        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_tree(head.pid)
         head.wait()
 
 

@@ -1,13 +1,13 @@
 """Training runs that tests compare: whether their curves and scores are the same, and how to kill one in the middle."""
 
-import signal
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from benchmarks.processes import below
 from benchmarks.train_command import STEPS, curve
 from pipelines.run.progress import read_metrics
 
@@ -38,5 +38,4 @@ def checkpoint_lists(run: Path) -> list[Path]:
 def kill_a_worker_after_step(run: Path, step: int) -> None:
     while len(steps_of(run)) < step or not checkpoint_lists(run):
         time.sleep(0.05)
-    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-    workers[-1].send_signal(signal.SIGKILL)
+    below(os.getpid(), "RayTrainWorker")[-1].kill()

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -10,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from benchmarks.processes import below
 from chatglm3.chat import question_ids
 from chatglm3.engines import (
     AdapterFolders,
@@ -310,9 +309,8 @@ def test_an_official_download_is_refused_with_the_remedy(tiny: Path):
 
 
 def kill_vllm() -> None:
-    for child in psutil.Process().children():
-        if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
-            os.kill(child.pid, signal.SIGKILL)
+    for process in below(os.getpid(), "EngineCore"):
+        process.kill()
 
 
 @pytest.mark.parametrize("is_busy", [True, False])

@@ -2,16 +2,14 @@
 
 import asyncio
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 import yaml
 
+from benchmarks.processes import below
 from chatglm3.chat import question_ids
 from chatglm3.engines import Sampling, complete, load_engine
 from chatglm3.tokenizer import load_tokenizer
@@ -69,9 +67,8 @@ def test_a_guide_holds_though_tokens_are_guessed(client):
 
 def test_a_replica_whose_vllm_dies_while_it_is_idle_is_replaced_at_once(client):
     [replica] = replicas(APP)
-    for child in psutil.Process(replica).children(recursive=True):
-        if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
-            os.kill(child.pid, signal.SIGKILL)
+    for process in below(replica, "EngineCore"):
+        process.kill()
     wait_for(lambda: replica not in replicas(APP), 20)
     wait_for(lambda: _answers(client), 200)
 
