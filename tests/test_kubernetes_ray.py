@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,26 +110,27 @@ def load(url: str, clients: int, beside: frozenset[int] = frozenset()) -> Iterat
     """Clients that ask all the time, through any proxy but those whose process ids are `beside`."""
     seen, stop = Seen(), threading.Event()
 
-    def ask_on_and_on() -> None:
-        with closing(connected(url, beside)) as client:
-            while not stop.is_set():
-                started = time.monotonic()
-                try:
-                    outcome = str(ask(client).status_code)
-                except httpx.HTTPError as error:
-                    outcome = repr(error)
-                seen.outcomes[outcome] += 1
-                seen.longest_s = max(seen.longest_s, time.monotonic() - started)
+    def ask_on_and_on(client: httpx.Client) -> None:
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                outcome = str(ask(client).status_code)
+            except httpx.HTTPError as error:
+                outcome = repr(error)
+            seen.outcomes[outcome] += 1
+            seen.longest_s = max(seen.longest_s, time.monotonic() - started)
 
-    threads = [threading.Thread(target=ask_on_and_on) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
+    with ExitStack() as stack:
+        through = [stack.enter_context(closing(connected(url, beside))) for _ in range(clients)]
+        threads = [threading.Thread(target=ask_on_and_on, args=(client,)) for client in through]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            yield seen
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
 
 
 def connected(url: str, beside: frozenset[int]) -> httpx.Client:

@@ -37,10 +37,11 @@ class Saver:
         self._counts = threading.Event()
         """Whether the last checkpoint is in Ray Train's list, so that a restart would find it."""
         self._counts.set()
-        # One place for the run on this machine: what a killed worker left there goes when the next one begins.
-        self._place = Path(tempfile.gettempdir()) / f"checkpoints-{zlib.crc32(run_folder.encode()):08x}"
+        # Named after the run: what a killed worker left goes when the next one begins. Ray Train removes the others.
+        self._prefix = f"checkpoint-{zlib.crc32(run_folder.encode()):08x}-"
         if rank == 0:
-            shutil.rmtree(self._place, ignore_errors=True)
+            for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):
+                shutil.rmtree(left, ignore_errors=True)
         self._folder: str | None = None
         self._written = False
 
@@ -52,8 +53,7 @@ class Saver:
         if urgency == "in turn":
             self._counts.wait()
         if self._rank == 0:
-            self._place.mkdir(exist_ok=True)
-            self._folder = tempfile.mkdtemp(dir=self._place)
+            self._folder = tempfile.mkdtemp(prefix=self._prefix)
         self._write(Path(self._folder) if self._folder else None)
         self._written = True
         return {"saving_seconds": time.monotonic() - started}
