@@ -22,7 +22,7 @@ Failure = EngineError | RequestError | ModelError
 _FAILURES = (EngineError, RequestError, ModelError)
 
 
-LAST_WORDS_S = 0.3
+LAST_WORDS_S = 1.0
 """For telling the clients of open streams that the engine has died."""
 
 

@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time, however slow the machine; `--hypothesis-profile default` looks for new ones.
+settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+settings.load_profile("tests")
 
 # Before torch is imported: two cores that other processes want too make its threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -4,6 +4,7 @@ As a program: `kubectl ...`, with its folder in $STAND_IN. answers.json there ma
 of answers, given in turn, the last one for ever. An answer is an object or text for stdout, or {"error": TEXT}.
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -49,16 +50,27 @@ def main(words: list[str], folder: Path) -> int:
         log.write(json.dumps({"command": command, "stdin": stdin}) + "\n")
     if words[0] == "kustomize":
         os.execv(KUBECTL, ["kubectl", *words])
-    file = folder / "answers.json"
-    answers = json.loads(file.read_text()) if file.exists() else {}
-    known = max((key for key in answers if command.startswith(key)), key=len, default=None)
-    answer = (answers[known].pop(0) if len(answers[known]) > 1 else answers[known][0]) if known is not None else ""
-    file.write_text(json.dumps(answers))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # `logs --follow` asks beside the others
+        answer = next_answer(command, folder / "answers.json")
     if isinstance(answer, dict) and "error" in answer:
         print(answer["error"], file=sys.stderr)
         return 1
     print(answer if isinstance(answer, str) else json.dumps(answer))
     return 0
+
+
+def next_answer(command: str, file: Path) -> Any:
+    """What the script has for a command; it is given once, unless it is the last one."""
+    answers = json.loads(file.read_text()) if file.exists() else {}
+    known = max((key for key in answers if command.startswith(key)), key=len, default=None)
+    if known is None:
+        return ""
+    if len(answers[known]) == 1:
+        return answers[known][0]
+    answer = answers[known].pop(0)
+    file.write_text(json.dumps(answers))
+    return answer
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The application under `serve run`, as a process of its own on the session's Ray."""
 
+import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,10 @@ import psutil
 import ray
 import torch
 import yaml
+from ray import serve
 
+from benchmarks.fault_places import free_port
+from benchmarks.processes import below
 from chatglm3 import load_model, load_tokenizer
 from cluster.storage import Receipt, publish
 from tests.waiting import wait_for
@@ -38,25 +41,24 @@ def write_endless_model(tiny: Path, folder: Path) -> Path:
 @contextmanager
 def served(config: dict[str, Any], folder: Path) -> Iterator[str]:
     """The URL of what a Serve config serves, on a free port. `folder` gets the config file and the log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    config["http_options"] = {"host": "127.0.0.1", "port": (port := free_port())}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     with (folder / "log").open("wb") as log:
         address = ray.get_runtime_context().gcs_address
         command = [SERVE, "run", "--address", address, folder / "serve.yaml"]
         process = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log)
     try:
-        wait_for(lambda: _is_up(f"http://127.0.0.1:{port}"), 120, lambda: (folder / "log").read_text())
+        wait_for(lambda: _is_up(f"http://127.0.0.1:{port}"), 240, lambda: (folder / "log").read_text())
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(150)  # a replica may take its graceful_shutdown_timeout_s
-        except subprocess.TimeoutExpired:  # seen once, with an idle replica; why, is not known
-            process.send_signal(signal.SIGINT)
             process.wait(60)
+        except subprocess.TimeoutExpired:  # seen once, with an idle replica; why, is not known
+            process.kill()
+            serve.shutdown()
+        # The next one would be ignored before: a replica may take its graceful_shutdown_timeout_s.
+        wait_for(lambda: not below(os.getpid(), "ray::ServeController"), 180)
 
 
 def replicas(application: str, deployment: str = "") -> set[int]:
@@ -71,6 +73,6 @@ def replicas(application: str, deployment: str = "") -> set[int]:
 
 def _is_up(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+        return httpx.get(f"{url}/healthz", timeout=30).json() == {"status": "ok"}
     except (httpx.HTTPError, ValueError):
         return False

@@ -53,14 +53,14 @@ def test_an_open_loop_does_not_wait_for_answers():
     prompts = [Prompt(HELLO, 8)] * 10
     with served(api(Clockwork("你好", step_s=0.3))) as url:
         outcomes = load(url, lambda endpoint: at_times(endpoint, "tiny", prompts, [0.02 * i for i in range(10)]))
-    assert max(outcome.sent - outcome.due for outcome in outcomes) < 0.2
+    assert max(outcome.sent - outcome.due for outcome in outcomes) < 1  # after an answer it would be 1.2
     assert in_flight(outcomes)[1].max() == 10
     for outcome in outcomes:
         assert len(outcome.texts) == 2
         assert (outcome.completion_tokens, outcome.error) == (4, "")
         assert outcome.texts[0] - outcome.due > 0.55
         assert outcome.ended - outcome.due > 1.1
-        assert 0.25 < outcome.gaps[0] < 0.6
+    assert 0.25 < np.median([outcome.gaps[0] for outcome in outcomes]) < 0.6
 
 
 def test_a_closed_loop_has_so_many_under_way_and_no_more():
@@ -76,7 +76,7 @@ def test_failures_are_counted_by_kind():
         broken = load(url, lambda endpoint: at_once(endpoint, "tiny", [Prompt(HELLO, 8)], 1))
         missing = load(url, lambda endpoint: at_once(endpoint, "other", [Prompt(HELLO, 8)], 1))
     gone = load(url, lambda endpoint: at_once(endpoint, "tiny", [Prompt(HELLO, 8)], 1))
-    with served(api(Clockwork("你好", step_s=0.3), max_inflight=1)) as url:
+    with served(api(Clockwork("你好", step_s=1), max_inflight=1)) as url:
         busy = load(url, lambda endpoint: at_times(endpoint, "tiny", [Prompt(HELLO, 8)] * 2, [0.0, 0.2]))
     assert [outcome.error for outcome in (*broken, *missing, *gone, *busy)] == [
         "broke off: engine_error",

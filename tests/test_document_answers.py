@@ -289,7 +289,7 @@ def test_others_are_answered_while_a_quote_is_looked_for(tokenizer, monkeypatch)
     answered = threading.Event()
 
     def slow(quote: str, text: str) -> Quotation | None:
-        assert answered.wait(5)
+        assert answered.wait(60)
         return find_quotation(quote, text)
 
     monkeypatch.setattr("serve_app.citations.find_quotation", slow)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.fault_places import free_port
+from benchmarks.processes import end_tree
 from chatglm3.errors import ModelError
 from cluster.commands import run_command
 from cluster.errors import StageError
@@ -83,11 +84,8 @@ def test_the_same_commands_take_real_shards_through_the_official_layout(
 
 def serve_and_ask(models: dict[str, str], question: str, file: Path) -> dict[str, str]:
     """Each model's answer from one `serve run` of the tree's config file, its application once for each model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     config = yaml.safe_load((ROOT / "serve_app/serve.yaml").read_text())
-    config["http_options"]["port"] = port
+    config["http_options"]["port"] = port = free_port()
     [application] = config["applications"]
     application["deployments"][0]["ray_actor_options"] = {"num_cpus": 0.5}  # so that three fit on two cores
     config["applications"] = [
@@ -102,11 +100,13 @@ def serve_and_ask(models: dict[str, str], question: str, file: Path) -> dict[str
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         return {name: wait_for_answer(f"http://127.0.0.1:{port}/{name}", question, deadline, log) for name in models}
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(60)
+        end_tree(server.pid)
 
 
 def wait_for_answer(url: str, question: str, deadline: float, log: Path) -> str:

@@ -26,7 +26,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     temporary = tmp_path_factory.getbasetemp().parent / f"r{dashboard}"  # short: sockets lie below it
     options = f"--head --block --port={free_port()} --dashboard-port={dashboard} --num-cpus=4 --temp-dir={temporary}"
     options += " --object-store-memory=200000000 --node-ip-address=127.0.0.1 "
-    options += f"--ray-client-server-port={free_port()} --dashboard-agent-listen-port={free_port()}"
+    options += f"--ray-client-server-port={free_port()} --dashboard-agent-listen-port={(agent := free_port())}"
     head = subprocess.Popen(
         [str(BIN / "ray"), "start", *options.split()],
         env={name: value for name, value in env.items() if name != "RAY_ADDRESS"},
@@ -35,6 +35,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     )
     try:
         wait_for_port(dashboard)
+        wait_for_port(agent)  # which starts the jobs
         yield env
     finally:
         end_tree(head.pid)
@@ -49,7 +50,7 @@ def wait_for_port(port: int) -> None:
             return
         except OSError:
             time.sleep(0.2)
-    raise TimeoutError(f"no Ray dashboard on port {port}")
+    raise TimeoutError(f"nobody listens on port {port}")
 
 
 def submit(environment: dict[str, str], *arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:

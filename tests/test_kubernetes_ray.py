@@ -81,16 +81,21 @@ def url(nodes: Nodes, jobs: dict[str, str], store: Path) -> str:
     (store / "serve.yaml").write_text(yaml.safe_dump(config))
     deployed = nodes.command("serve", "deploy", str(store / "serve.yaml"))
     assert deployed.returncode == 0, deployed.stderr
-    wait_for(lambda: running(nodes) == 1, 120, lambda: nodes.command("serve", "status").stdout)
+    wait_for(lambda: running(nodes) == 1, 240, lambda: nodes.command("serve", "status").stdout)
     return f"http://127.0.0.1:{port}"
 
 
-def running(nodes: Nodes) -> int:
-    """Replicas that run, where the application runs; else -1."""
+def replicas(nodes: Nodes) -> list[dict[str, Any]]:
+    """What Serve says of each, where the application runs and all of them do."""
     [application] = (nodes.get("/api/serve/applications/") or {}).get("applications", {}).values() or [{}]
-    replicas = application.get("deployments", {}).get("ChatServer", {}).get("replicas", [])
-    states = {replica["state"] for replica in replicas}
-    return len(replicas) if application.get("status") == "RUNNING" and states == {"RUNNING"} else -1
+    found = application.get("deployments", {}).get("ChatServer", {}).get("replicas", [])
+    states = {replica["state"] for replica in found}
+    return found if application.get("status") == "RUNNING" and states == {"RUNNING"} else []
+
+
+def running(nodes: Nodes) -> int:
+    """How many they are."""
+    return len(replicas(nodes))
 
 
 @dataclass
@@ -176,25 +181,20 @@ def test_the_services_own_config_answers(url):
 
 def test_replicas_follow_the_load_up_and_down_without_a_failed_request(nodes, url):
     with load(url, clients=12) as seen:
-        wait_for(lambda: running(nodes) == 3, 120, lambda: nodes.command("serve", "status").stdout)
+        wait_for(lambda: running(nodes) == 3, 240, lambda: nodes.command("serve", "status").stdout)
     with load(url, clients=1) as less:
-        wait_for(lambda: running(nodes) == 1, 120, lambda: nodes.command("serve", "status").stdout)
+        wait_for(lambda: running(nodes) == 1, 240, lambda: nodes.command("serve", "status").stdout)
     assert seen.failed == less.failed == {}
     print(f"1 -> 3 -> 1 replicas: {seen.outcomes['200']} + {less.outcomes['200']} requests, none failed")
 
 
 def test_a_pod_that_must_go_hands_its_replicas_over(nodes, url):
-    [actor] = json.loads(
-        nodes.command(
-            "ray", "list", "actors", "--filter", "class_name=ServeReplica:chat:ChatServer",
-            "--filter", "state=ALIVE", "--format", "json",
-        ).stdout
-    )  # fmt: skip
+    [replica] = replicas(nodes)
     pod = ray_cluster(overlay("cpu-demo", "serve"))["workerGroupSpecs"][0]["template"]["spec"]
     words = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     with load(url, clients=2) as seen:
         started = time.monotonic()
-        left = nodes.command(*words, actor["node_id"], RAY_ADDRESS=f"127.0.0.1:{nodes.gcs_port}")
+        left = nodes.command(*words, replica["node_id"], RAY_ADDRESS=f"127.0.0.1:{nodes.gcs_port}")
         seconds = time.monotonic() - started
     assert left.returncode == 0, left.stderr
     assert seen.failed == {}

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.fault_places import free_port
 from chatglm3 import load_tokenizer
 from chatglm3.documents import REFUSAL, cited_answer
 from chatglm3.engines import AdapterFolders, Load
@@ -162,7 +162,7 @@ def test_prometheus_scrapes_it_with_a_key(prometheus: str, tmp_path: Path):
     with served(service.api) as url:
         headers = {"Authorization": f"Bearer {key}"}
         for _ in range(3):
-            httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=headers)
+            httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=headers, timeout=60)
         target = url.removeprefix("http://")
         job = {
             "job_name": "glm",
@@ -198,16 +198,14 @@ def test_promtool_finds_nothing_wrong(tmp_path: Path):
 @contextmanager
 def running(program: str, folder: Path) -> Iterator[Callable[[str], list[float]]]:
     """Prometheus over the configuration in a folder; gives a function that queries it for values."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*command, f"--web.listen-address={address}"], stdout=log, stderr=log)
 
     def query(expression: str) -> list[float]:
         try:
-            answer = httpx.get(f"http://{address}/api/v1/query", params={"query": expression}).json()
+            answer = httpx.get(f"http://{address}/api/v1/query", params={"query": expression}, timeout=60).json()
         except httpx.TransportError:
             assert process.poll() is None, (folder / "log").read_text()
             return []

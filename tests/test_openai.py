@@ -117,7 +117,7 @@ def test_a_client_that_goes_away_ends_all_its_choices(url, engine, stream):
             await asyncio.sleep(0.001)
         return time.monotonic() - started
 
-    assert asyncio.run(leave()) < 0.5
+    assert asyncio.run(leave()) < 5  # to their ends it would be 25
 
 
 def test_a_stop_text_ends_one_choice_and_not_the_others(client):
@@ -164,7 +164,8 @@ def test_an_answer_has_the_form_that_was_asked_for(client, tokenizer):
         assert answer.choices[0].finish_reason == "stop"
         assert isinstance(answer.choices[0].message.parsed, City)
     quote = {str(tokenizer.encode('\n"')[-1]): 9}  # lest it writes into one string for ever
-    loose = {"response_format": {"type": "json_object"}, "temperature": 0.5, "logit_bias": quote, "max_tokens": 500}
+    loose = {"response_format": {"type": "json_object"}, "temperature": 0.5, "logit_bias": quote}
+    loose |= {"max_tokens": 500, "seed": 1}
     content = ask(client, **loose).choices[0].message.content
     assert isinstance(json.loads(content), dict)
     assert ask(client, response_format={"type": "text"}).choices == ask(client).choices
@@ -427,7 +428,7 @@ def test_tokens_that_come_together_begin_at_places_of_their_own(tokenizer):
 
 def test_tokens_are_what_the_model_reads(url, tokenizer):
     def post(path: str, **body: Any) -> Any:
-        return httpx.post(f"{url}/{path}", json=body).json()
+        return httpx.post(f"{url}/{path}", json=body, timeout=60).json()
 
     text = "北京 sop </s> 👋"
     ids = tokenizer.encode(text)
@@ -532,7 +533,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
 def test_what_cannot_be_done_is_refused_by_name(url, path, fields, param, message):
     body = {"model": "tiny", "max_tokens": 4} | ({"prompt": "a"} if path == "completions" else {"messages": QUESTION})
     headers = {"content-type": "application/json"}
-    response = httpx.post(f"{url}/v1/{path}", content=json.dumps(body | fields), headers=headers)
+    response = httpx.post(f"{url}/v1/{path}", content=json.dumps(body | fields), headers=headers, timeout=60)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert message in error["message"]

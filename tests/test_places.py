@@ -43,7 +43,7 @@ async def looks(engine: TransformersEngine, job: asyncio.Task[Any]) -> AsyncIter
 def test_many_choices_of_one_request_leave_half_of_the_engine_to_others(engine):
     async def both(client: httpx.AsyncClient) -> tuple[list[int], dict[str, Any]]:
         many = asyncio.create_task(post(client, max_tokens=300, n=8, temperature=1.0, seed=1))
-        rows = [number async for number in looks(engine, asyncio.create_task(asyncio.sleep(0.3)))]
+        rows = [number async for number in looks(engine, asyncio.create_task(asyncio.sleep(1)))]
         assert (await post(client, max_tokens=3)).status_code == 200
         assert not many.done()
         return rows, (await many).json()

@@ -19,6 +19,7 @@ from serve_app.metrics import Metrics
 from serve_app.routes import make_api
 from tests.clockwork import Clockwork
 from tests.http_server import served
+from tests.waiting import wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 
@@ -90,6 +91,7 @@ def ask(page: Any, *documents: str, question: str = "天空是什么颜色？") 
     page.keyboard.insert_text(question)
     page.keyboard.press("Enter")
     page.wait_for_selector("#numbers:not([hidden])")
+    page.wait_for_selector("#said[aria-busy=false]")  # until then Enter does nothing
 
 
 def test_the_words_that_an_answer_rests_on_are_marked_where_they_stand(open_page, engine):
@@ -124,8 +126,7 @@ def test_an_answer_appears_while_it_is_written_and_can_be_stopped(open_page, eng
     page.wait_for_selector("#alert:not([hidden])")
     assert page.inner_text("#alert") == "已停止。"
     assert page.inner_text("#ask .main") == "提问"
-    page.wait_for_timeout(200)
-    assert engine.running == 0
+    wait_for(lambda: engine.running == 0, 5)
 
 
 def test_what_was_refused_not_cited_or_not_read_is_said(open_page, engine):
@@ -190,6 +191,7 @@ def test_a_chat_remembers_until_a_new_one_begins(open_page, engine):
         page.keyboard.insert_text(f"第{number}句")
         page.keyboard.press("Enter")
         expect(page.locator("#talk .numbers")).to_have_count(number)
+        page.wait_for_selector("#talk[aria-busy=false]")
     assert len(engine.asked[-1]) > len(engine.asked[-2]) + 8
     assert page.locator("#talk .assistant span").all_inner_texts() == ["你好！", "你好！"]
     page.click("[data-do=forget]")

@@ -37,14 +37,15 @@ def url(engine: TransformersEngine, tiny: Path) -> Iterator[str]:
 def the_engine_is_as_before(url: str) -> Iterator[None]:
     def answer() -> str:
         body = {"model": "tiny", "messages": QUESTION, "max_tokens": 8}
-        return httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        return answer.json()["choices"][0]["message"]["content"]
 
     before = answer()
     yield
     assert answer() == before
 
 
-def refused(url: str, path: str, body: bytes, within_s: float = 1.5) -> str:
+def refused(url: str, path: str, body: bytes, within_s: float = 5) -> str:
     """The message of the refusal, which must come in time."""
     started = time.monotonic()
     response = httpx.post(f"{url}{path}", content=body, headers=HEADERS, timeout=30)
@@ -177,12 +178,12 @@ def test_what_costs_much_but_can_be_done_is_done(url):
         started = time.monotonic()
         response = httpx.post(f"{url}{path}", content=short, headers=HEADERS, timeout=30)
         assert response.status_code == 200, response.text
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
 
 
 def test_a_guide_that_fails_on_the_way_fails_its_own_request(url):
     path, body = schema({"type": "object", "properties": {f"v{i}": {} for i in range(3000)}})
     assert "cannot be followed" in refused(url, path, json.dumps(json.loads(body) | {"max_tokens": 400}).encode())
     streamed = json.dumps(json.loads(body) | {"max_tokens": 400, "stream": True}).encode()
-    events = httpx.post(f"{url}{path}", content=streamed, headers=HEADERS).text.strip().split("\n\n")
+    events = httpx.post(f"{url}{path}", content=streamed, headers=HEADERS, timeout=60).text.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "invalid_request_error"

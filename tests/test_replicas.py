@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pytest
 import ray
 from ray import serve
 
+from benchmarks.fault_places import free_port
 from serve_app.app import AppArgs, _is_loopback, build
 from serve_app.keys import Limits, add_key
 from tests.waiting import wait_for
@@ -41,9 +41,7 @@ def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("service")
     limited = add_key(folder / "keys", "limited", Limits(requests_per_minute=5))
     free = add_key(folder / "keys", "free", Limits())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = AppArgs(model="tiny", name=APP, api_keys=str(folder / "keys"), audit_log=str(folder / "audit"))
     config = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
@@ -58,7 +56,7 @@ def service(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def numbers_of_ray() -> list[tuple[str, str, float]]:
     """(metric, replica, value) of everything of this application that Ray's agent on this node shows."""
     node = ray.nodes()[0]
-    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=60).text
     series = rf'^ray_chatglm3_(\w+)\{{.*model="{APP}".*replica="(\w+)".*\}} (\S+)$'
     found = re.findall(series, text, re.MULTILINE)
     return [(name, replica, float(value)) for name, replica, value in found]

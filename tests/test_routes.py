@@ -57,7 +57,7 @@ def client(url: str) -> openai.OpenAI:
 def ask(url: str, **fields) -> httpx.Response:
     body = {"model": "tiny", "messages": QUESTION, "max_tokens": 8} | fields
     headers = {"content-type": "application/json"}
-    return httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers)
+    return httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
 
 
 def error_of(response: httpx.Response) -> tuple[int, str | None, str | None]:
@@ -212,7 +212,7 @@ def test_a_wrong_field_is_named(url, fields, param, code):
 
 def test_a_prompt_that_is_too_long_is_named_as_its_route_has_it(url):
     body = {"model": "tiny", "prompt": "x", "max_tokens": 10**6}
-    refused = httpx.post(f"{url}/v1/completions", json=body)
+    refused = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
     assert error_of(refused) == (400, "prompt", "context_length_exceeded")
 
 
@@ -270,7 +270,8 @@ def test_a_body_of_100_mb_is_refused_after_little_of_it(url, chunked):
 def test_a_body_just_under_the_limit_is_read(url):
     blank = " " * (MAX_BODY_BYTES - 200)
     body = json.dumps({"model": "tiny", "messages": QUESTION, "max_tokens": 1}).encode() + blank.encode()
-    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers, timeout=60)
     assert response.status_code == 200
 
 
@@ -290,14 +291,13 @@ def test_a_client_that_goes_away_stops_the_generation(url, engine, stream):
             await asyncio.sleep(0.001)
         return time.monotonic() - started
 
-    assert asyncio.run(leave()) < 0.5
+    assert asyncio.run(leave()) < 5  # to its end it would be 25
 
 
 def test_a_stop_text_ends_the_generation_too(url, engine):
     mark = ask(url).json()["choices"][0]["message"]["content"][-2:]
     assert ask(url, stop=mark, max_tokens=ANSWER_TOKENS).json()["usage"]["completion_tokens"] <= 8
-    time.sleep(0.1)
-    assert engine.running == []
+    wait_for(lambda: engine.running == [], 5)
 
 
 class FailingEngine:
@@ -367,7 +367,7 @@ def test_a_client_that_goes_away_before_the_first_token_stops_the_generation(tok
             httpx.post(
                 f"{url}/v1/chat/completions",
                 json={"model": "tiny", "messages": QUESTION, "stream": stream},
-                timeout=0.3,
+                timeout=2,
             )
         wait_for(lambda: engine.running == 0, 2)
     assert len(engine.asked) == 1

@@ -100,7 +100,7 @@ def test_a_request_that_kills_engines_comes_to_two_of_them_at_most(client):
         next(chunks)
     kill(engines())
     waited = 0.0
-    while waited < 1:  # what was on its way comes at once, the rest from a new engine
+    while waited < 3:  # what was on its way comes at once, the rest from a new engine
         asked = time.monotonic()
         next(chunks)
         waited = time.monotonic() - asked
@@ -133,12 +133,19 @@ def test_an_adapter_is_asked_by_its_name(client):
 def test_clients_that_go_away_free_their_places(client):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 2000, "stream": True}
     for _ in range(12):
-        with httpx.stream("POST", f"{client.base_url}chat/completions", json=body, timeout=5) as answer:
+        with httpx.stream("POST", f"{client.base_url}chat/completions", json=body, timeout=30) as answer:
             next(answer.iter_bytes())
     time.sleep(1)
     started = time.monotonic()
     ask(client, 2)
     assert time.monotonic() - started < 5  # those 12 would have taken 15
+
+
+def answers(client: openai.OpenAI) -> bool:
+    try:
+        return bool(ask(client, 3).choices[0].finish_reason == "length")
+    except openai.OpenAIError:
+        return False
 
 
 def test_a_stream_that_meets_a_full_queue_is_refused_with_a_status(client):
@@ -159,4 +166,4 @@ def test_a_stream_that_meets_a_full_queue_is_refused_with_a_status(client):
         found = list(pool.map(status, range(40)))
     assert (200, None) in found
     assert (503, "1") in found
-    wait_for(lambda: ask(client, 3).choices[0].finish_reason == "length", 20)
+    wait_for(lambda: answers(client), 60)

@@ -84,7 +84,7 @@ def test_jsonl_files_are_read_when_asked_and_named_when_not(tmp_path: Path) -> N
 # Every way of cutting a file gives the same lines with the same numbers.
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=20), max_size=12), st.integers(1, 40))
 def test_pieces_of_any_size_give_the_lines_of_the_file(tmp_path: Path, parts: list[bytes], size: int) -> None:
     content = b"\n".join(parts)
@@ -131,7 +131,7 @@ fields = dict.fromkeys(("QA", "positive_doc", "negative_doc", "conversations", "
 rows = st.fixed_dictionaries({}, optional=fields | {"instruction": texts, "output": texts})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows | anything, st.sampled_from(["utf-8", "utf-16", "gbk"]))
 def test_no_row_crashes_the_reader_and_none_yields_an_empty_text(row: Any, encoding: str) -> None:
     try:
@@ -163,7 +163,7 @@ chats = st.fixed_dictionaries({"conversations": st.lists(turns, max_size=4)}, op
 instructions = st.fixed_dictionaries({"instruction": words, "output": words})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(questions | chats | instructions | rows, max_size=8), st.sampled_from(["multidoc", "seed"]))
 def test_no_row_ends_the_stage_and_all_rows_fit_and_have_texts(raw: list[Any], preset: Any) -> None:
     with tempfile.TemporaryDirectory() as name:

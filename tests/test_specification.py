@@ -65,7 +65,7 @@ def test_answers_are_what_the_specification_says(specification, engine, route, m
     operation = specification[path][method]
 
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, suppress_health_check=list(HealthCheck))
     def check(case: Any) -> None:
         if mode is GenerationMode.POSITIVE:
             case.body = answerable(case.body)
@@ -86,7 +86,7 @@ def test_with_a_key_answers_are_as_written_and_without_one_all_but_the_open_path
     operation = schemathesis.openapi.from_asgi("/openapi.json", api, headers=with_key)[path][method]
 
     @given(case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
-    @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck))
     def check(case: Any) -> None:
         case.body = answerable(case.body)
         asked = len(engine.asked)

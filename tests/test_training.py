@@ -91,7 +91,11 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve_a
     said = tmp_path / "said"
     for end, step, code in ((signal.SIGINT, 4, 130), (signal.SIGKILL, 8, -9)):
         run = subprocess.Popen(command, stdout=said.open("w"), stderr=subprocess.DEVNULL)
-        while len(steps_of(Path(f"{out}.run"))) < step or not checkpoint_lists(Path(f"{out}.run")):
+        while (
+            len(steps_of(Path(f"{out}.run"))) < step
+            or not checkpoint_lists(Path(f"{out}.run"))
+            or (end == signal.SIGKILL and "was torn" not in said.read_text())
+        ):
             assert run.poll() is None
             time.sleep(0.05)
         run.send_signal(end)

@@ -21,7 +21,7 @@ def test_the_first_request_after_a_quiet_time_starts_a_replica_and_is_answered(r
     with served({"applications": [application | {"deployments": [deployment]}]}, tmp_path) as url:
         wait_for(lambda: not replicas(APP), 60)
         for _ in range(20):  # Serve's own probe asks no replica
-            assert httpx.get(f"{url}/-/healthz").text == "success"
+            assert httpx.get(f"{url}/-/healthz", timeout=60).text == "success"
             time.sleep(0.2)
         assert not replicas(APP)
         body = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 5}
