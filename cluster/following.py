@@ -1,6 +1,7 @@
 """Jobs on the cluster followed to their end, and everything that is there at a glance."""
 
 import subprocess
+import sys
 import time
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from cluster.kubectl import Object
 from cluster.manifests import ENDED, model_of
 
 NAMESPACE = "chatglm3"
+PATIENCE_S = 300
+"""How long the API server may be away from somebody who waits for a job."""
 
 
 class WaitConfig(Config):
@@ -39,7 +42,7 @@ def wait(config: WaitConfig) -> None:
     """Follow a RayJob until it has succeeded; raises StageError where it has not."""
     started, told, logs, followed = time.monotonic(), "", None, ""
     while True:
-        job = kubectl.find("rayjob", config.job, "--namespace", config.namespace)
+        job = _find_patiently(config) if told else kubectl.find("rayjob", config.job, "--namespace", config.namespace)
         if job is None:
             raise StageError(
                 f"there is no job {config.job} in {config.namespace}; start it: python -m cluster apply {config.job}"
@@ -59,6 +62,19 @@ def wait(config: WaitConfig) -> None:
     _end(logs, 15)
     if state["jobDeploymentStatus"] != "Complete" or state.get("jobStatus") != "SUCCEEDED":
         raise StageError(_why(job, config))
+
+
+def _find_patiently(config: WaitConfig) -> Object | None:
+    """The job; the API server may be away meanwhile, as in an upgrade: the job goes on without it."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return kubectl.find("rayjob", config.job, "--namespace", config.namespace)
+        except StageError as error:
+            if time.monotonic() > until:
+                raise
+            print(f"{config.job}: asking again, {error}", file=sys.stderr, flush=True)
+            time.sleep(config.poll_s)
 
 
 def status(config: StatusConfig) -> None:

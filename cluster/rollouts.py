@@ -126,14 +126,19 @@ def _waits_for(model: str, config: RollbackConfig) -> str:
     if condition(service, "Ready") != "True":
         return "the service is not ready"
     head = _head(service, config)
-    deployed = yaml.safe_load(_on(head, config, "serve", "config"))
-    if deployed["applications"][0]["args"]["model"] != model:
+    if deployed_model(_on(head, config, "serve", "config")) != model:
         return "Ray Serve has not got the change yet"
     application = next(iter(yaml.safe_load(_on(head, config, "serve", "status"))["applications"].values()))
     if application["status"] != "RUNNING":
         return f"{application['status']} {' '.join(application.get('message', '').split())[-300:]}".strip()
     _on(head, config, "wget", "-q", "-O-", "http://localhost:8000/healthz")
     return ""
+
+
+def deployed_model(shown: str) -> str:
+    """The model of the first application that `serve config` shows; "" as long as there is none."""
+    application = next(yaml.safe_load_all(shown), None)  # each one is a document, and none a sentence
+    return str(application["args"]["model"]) if isinstance(application, dict) else ""
 
 
 def _check_model(head: str, config: RolloutConfig) -> None:
@@ -150,6 +155,9 @@ def _check_evaluation(head: str, config: RolloutConfig) -> None:
         raise StageError(f"{config.model} was not evaluated in {folder}; {remedy}")
     if receipt["config"]["model"] != config.model:
         raise StageError(f"{folder} is about {receipt['config']['model']}, not {config.model}; {remedy}")
+    weighed = receipt["inputs"].get(config.model.rstrip("/"))
+    if weighed != _on(head, config, "sha256sum", f"{config.model}/receipt.json").split()[0]:
+        raise StageError(f"{config.model} was merged again since its evaluation in {folder}; {remedy}")
     match receipt["facts"].get("gate_passed"):
         case False:
             raise StageError(f"{config.model} is worse than {receipt['config']['gate']}, says {folder}/report.html")

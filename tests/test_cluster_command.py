@@ -56,7 +56,7 @@ def ray_serve(kubectl: StandIn, model: str, *statuses: str) -> None:
     """What Ray Serve says of itself in the head pod."""
     kubectl.answer("get pods --selector=ray.io/cluster=chat-abc", {"items": [{"metadata": {"name": "head-1"}}]})
     on_head = "exec head-1 --container=ray-head --namespace chatglm3 --"
-    kubectl.answer(f"{on_head} serve config", yaml.safe_dump({"applications": [{"args": {"model": model}}]}))
+    kubectl.answer(f"{on_head} serve config", yaml.safe_dump({"name": "chat", "args": {"model": model}}))
     said = [yaml.safe_dump({"applications": {"chat": {"status": status, "message": ""}}}) for status in statuses]
     kubectl.answer(f"{on_head} serve status", *said)
     kubectl.answer(f"{on_head} wget", '{"status":"ok"}')
@@ -64,14 +64,16 @@ def ray_serve(kubectl: StandIn, model: str, *statuses: str) -> None:
 
 def receipts(kubectl: StandIn, **found: dict[str, Any]) -> None:
     """What lies on the store: models/NAME and evaluations/NAME, by name with an underscore."""
-    on_head = "exec head-1 --container=ray-head --namespace chatglm3 -- cat"
-    kubectl.answer(on_head, {"error": "cat: No such file or directory"})
+    on_head = "exec head-1 --container=ray-head --namespace chatglm3 --"
+    kubectl.answer(f"{on_head} cat", {"error": "cat: No such file or directory"})
+    kubectl.answer(f"{on_head} sha256sum", "0a1b  receipt.json")
     for name, receipt in found.items():
-        kubectl.answer(f"{on_head} /store/{name.replace('_', '/')}/receipt.json", receipt)
+        kubectl.answer(f"{on_head} cat /store/{name.replace('_', '/')}/receipt.json", receipt)
 
 
-def evaluation(model: str, **facts: bool) -> dict[str, Any]:
-    return {"stage": "evaluate", "config": {"model": model, "gate": "/store/evaluations/v1"}, "facts": facts}
+def evaluation(model: str, digest: str = "0a1b", **facts: bool) -> dict[str, Any]:
+    config = {"model": model, "gate": "/store/evaluations/v1"}
+    return {"stage": "evaluate", "config": config, "inputs": {model: digest}, "facts": facts}
 
 
 def test_render_shows_what_kustomize_builds(kubectl, capsys):
@@ -141,6 +143,12 @@ def test_wait_fails_when_the_job_did_not_succeed(kubectl, capsys, deployment, of
     error = capsys.readouterr().err
     assert f"train has not succeeded, {of_ray or deployment} (AppFailed): no receipt.json: run prepare first" in error
     assert "kubectl logs job/train --namespace chatglm3" in error
+
+
+def test_wait_outlasts_an_api_server_that_is_away_for_a_moment(kubectl, capsys):
+    kubectl.answer("get rayjob train", job("Initializing"), {"error": "etcd is busy"}, job("Complete", "SUCCEEDED"))
+    assert cluster("wait", "train", *QUICK) == 0
+    assert "train: asking again, kubectl get: etcd is busy" in capsys.readouterr().err
 
 
 def test_wait_shows_the_output_of_each_retry(kubectl):
@@ -219,8 +227,12 @@ def test_a_rollout_on_a_new_cluster_touches_its_pods_too(kubectl):
             {"models_v2": GOOD, "evaluations_v2": evaluation("/store/models/v2", gate_passed=False)},
             "/store/models/v2 is worse than /store/evaluations/v1, says /store/evaluations/v2/report.html",
         ),
+        (
+            {"models_v2": GOOD, "evaluations_v2": evaluation("/store/models/v2", "of before", gate_passed=True)},
+            "/store/models/v2 was merged again since its evaluation in /store/evaluations/v2",
+        ),
     ],
-    ids=["no model", "not evaluated", "another's evaluation", "worse"],
+    ids=["no model", "not evaluated", "another's evaluation", "worse", "merged again"],
 )
 def test_a_model_that_is_not_known_to_be_good_is_not_rolled_out(kubectl, capsys, found, said):
     kubectl.answer("get rayservice", service("/store/models/v1"))

@@ -22,6 +22,7 @@ import yaml
 
 from benchmarks.fault_places import free_port
 from chatglm3.tiny.knowledge import write_shards
+from cluster.rollouts import deployed_model
 from tests.kubernetes import JOBS, objects, one, overlay, ray_cluster
 from tests.ray_nodes import Nodes, three_nodes
 from tests.waiting import wait_for
@@ -169,6 +170,11 @@ def test_every_job_of_the_manifests_succeeds_in_turn(jobs, store):
         assert (store / "store" / folder / "receipt.json").is_file()
     inputs = json.loads((store / "store/models/v1/receipt.json").read_text())["inputs"]
     assert f"{store}/store/adapters/v1" in inputs
+
+
+def test_ray_shows_which_model_it_serves_as_a_rollout_reads_it(nodes, url, store):
+    assert deployed_model(nodes.command("serve", "config").stdout) == f"{store}/store/models/v1"
+    assert yaml.safe_load(nodes.command("serve", "status").stdout)["applications"]["chat"]["status"] == "RUNNING"
 
 
 def test_the_services_own_config_answers(url):
