@@ -130,8 +130,10 @@ def check_output(out: str | Path, stage: str, inputs: Iterable[str] = ()) -> Pat
     out = Path(out)
     _finish_replacing(out)
     for path in inputs:
-        if Path(path).resolve() == out.resolve():
-            raise StageError(f"--out {out} is also an input, which would be lost; name another folder")
+        source = Path(path).resolve()
+        if out.resolve() in (source, *source.parents):
+            is_or_holds = "is also an input" if source == out.resolve() else f"holds the input {path}"
+            raise StageError(f"--out {out} {is_or_holds}, which would be lost; name another folder")
     earlier = read_receipt(out) if out.is_dir() else None
     if earlier and earlier.stage != stage:
         raise StageError(f"--out {out} holds what {earlier.stage} wrote; name another folder for {stage}")

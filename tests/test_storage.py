@@ -126,3 +126,5 @@ def test_what_was_not_written_by_the_stage_is_not_replaced(tmp_path: Path) -> No
         check_output(tmp_path / "mine", "train")
     with pytest.raises(StageError, match="is also an input, which would be lost"):
         check_output(tmp_path / "adapter", "train", [str(tmp_path / "place" / ".." / "adapter")])
+    with pytest.raises(StageError, match=r"holds the input .*/adapter/shards, which would be lost"):
+        check_output(tmp_path / "adapter", "train", [str(tmp_path / "adapter" / "shards")])
