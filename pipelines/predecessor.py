@@ -21,6 +21,9 @@ LORA = [
 ]
 ROW_FILES = ("--train_data_path", "--eval_data_path")
 BARE_ONLY = ("--max_input_length", "--max_output_length")
+HF_DEFAULTS = {"per_device_train_batch_size": 8, "learning_rate": 5e-5, "num_train_epochs": 3.0, "warmup_ratio": 0.0}
+"""Of TrainingArguments, where train has others."""
+ENDLESS = "1000000"
 HF_STEPS = 500  # TrainingArguments' own default of save_steps and logging_steps
 
 
@@ -63,12 +66,14 @@ def read_training_arguments(path: str) -> list[str]:
     if not isinstance(fields, dict):
         raise StageError(f"--train_args_json {path} must hold one object of training arguments")
     flags: list[str] = []
+    absent = {name: value for name, value in HF_DEFAULTS.items() if name not in fields}
+    fields |= absent
     for name, value in fields.items():
         translate = FIELDS.get(name)
         if translate is None:
             raise StageError(f"--train_args_json {path}: {name} has no meaning here; take it out (see train -h)")
         new, remark = translate(value, fields, f"--train_args_json {path}: {name}")
-        flags += _told(name, value, new, remark)
+        flags += _told(name, value, new, remark or ("Hugging Face's default" if name in absent else ""))
     print(f"train: its adapters, unless flags say otherwise -> {' '.join(LORA)}", file=sys.stderr)
     return [*flags, *LORA]
 
@@ -97,19 +102,28 @@ def _remark(text: str) -> Translator:
 
 
 def _batch_size(value: Any, fields: dict[str, Any], where: str) -> Translated:
-    examples = int(fields.get("per_device_train_batch_size", 8)) * int(fields.get("gradient_accumulation_steps", 1))
+    steps = fields.get("gradient_accumulation_steps", 1)
+    for size in (value, steps):
+        if not isinstance(size, int):
+            raise StageError(f"{where} or gradient_accumulation_steps: {size!r} is no whole number; write one")
     remark = "of all workers together; Hugging Face's Trainer would take as many for each worker"
-    return ["--batch_size", str(examples)], remark
-
-
-def _accumulation(value: Any, fields: dict[str, Any], where: str) -> Translated:
-    if "per_device_train_batch_size" in fields:
-        return [], "counted in --batch_size"
-    return _batch_size(value, fields, where)
+    return ["--batch_size", str(value * steps)], remark
 
 
 def _max_steps(value: Any, fields: dict[str, Any], where: str) -> Translated:
-    return ["--max_steps", "0" if value == -1 else str(value)], ""
+    if _is_limit(value):
+        return ["--max_steps", str(value), "--epochs", ENDLESS], "however many epochs that takes"
+    return ["--max_steps", "0"], ""
+
+
+def _epochs(value: Any, fields: dict[str, Any], where: str) -> Translated:
+    if _is_limit(fields.get("max_steps")):
+        return [], "no effect: max_steps is given"
+    return ["--epochs", str(value)], ""
+
+
+def _is_limit(max_steps: Any) -> bool:
+    return isinstance(max_steps, int) and max_steps > 0
 
 
 def _schedule(value: Any, fields: dict[str, Any], where: str) -> Translated:
@@ -148,10 +162,10 @@ def _steps(flag: str, strategy_fields: tuple[str, ...]) -> Translator:
 FIELDS: dict[str, Translator] = {
     "output_dir": _flag("--out"),
     "per_device_train_batch_size": _batch_size,
-    "gradient_accumulation_steps": _accumulation,
+    "gradient_accumulation_steps": _remark("counted in --batch_size"),
     "per_device_eval_batch_size": _remark("no effect: dev rows are packed into blocks of --block_tokens"),
     "learning_rate": _flag("--learning_rate"),
-    "num_train_epochs": _flag("--epochs"),
+    "num_train_epochs": _epochs,
     "max_steps": _max_steps,
     "lr_scheduler_type": _schedule,
     "warmup_ratio": _flag("--warmup_ratio"),

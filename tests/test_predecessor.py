@@ -63,6 +63,19 @@ def test_its_own_file_becomes_our_flags_and_each_field_is_accounted_for(
     assert all(f"train: {field}: " in said for field in QLORA)
 
 
+def test_what_its_file_leaves_out_and_steps_beyond_the_epochs_are_as_hugging_face_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = translate(tmp_path, {"output_dir": "o", "gradient_accumulation_steps": 2})
+    expected = {"--batch_size": "16", "--learning_rate": "5e-05", "--epochs": "3.0", "--warmup_ratio": "0.0"}
+    assert found.items() >= expected.items()
+    assert "train: learning_rate: 5e-05 -> --learning_rate 5e-05 (Hugging Face's default)" in capsys.readouterr().err
+    limited = translate(tmp_path, QLORA | {"max_steps": 2000})
+    assert (limited["--max_steps"], float(limited["--epochs"])) == ("2000", 1e6)
+    assert "num_train_epochs: 1.0 -> no effect: max_steps is given" in capsys.readouterr().err
+    assert translate(tmp_path, QLORA | {"max_steps": -1})["--epochs"] == "1.0"
+
+
 def test_flags_beat_the_file(tmp_path: Path) -> None:
     assert translate(tmp_path, QLORA, "--seed", "7")["--seed"] == "7"
 
@@ -74,6 +87,8 @@ def test_flags_beat_the_file(tmp_path: Path) -> None:
         ({"fp16": True}, "fp16: True is not supported, only False"),
         ({"optim": "adafactor"}, "optim: 'adafactor' is not supported, only 'adamw_torch'"),
         ({"lr_scheduler_type": "polynomial"}, "'polynomial' is not supported; choose linear, cosine or constant"),
+        ({"per_device_train_batch_size": "auto"}, "gradient_accumulation_steps: 'auto' is no whole number"),
+        ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps: None is no whole number"),
         ({"save_strategy": "no"}, "save_strategy: 'no' is not supported; choose steps or epoch"),
     ],
 )
