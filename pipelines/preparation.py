@@ -1,6 +1,7 @@
 """Raw question-answer shards in; checked, cleaned, split training rows and a report to look at out."""
 
 import hashlib
+import itertools
 import os
 import tempfile
 from collections import Counter
@@ -89,7 +90,7 @@ class PrepareConfig(Config):
     """Fail at the first bad row instead."""
     workers: int = Field(0, ge=0)
     """CPUs to use; 0: all of the cluster. The rows do not depend on it."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     """Seed of the split and of every random choice."""
 
     @field_validator("distractors", mode="before")
@@ -142,7 +143,7 @@ def write_data(config: PrepareConfig, files: list[Path], num_raw: int, folder: P
     found = survey_pieces(config, pieces, num_raw)
     found.bad = [*refused, *found.bad]
     sizes = [path.stat().st_size for path in files]
-    _check_share(config, found, 1 - sum(sizes[index] for index in readable) / max(sum(sizes), 1))
+    _check_share(config, found, sum(itertools.compress(sizes, reasons)) / max(sum(sizes), 1))
     shard_of_piece = np.array([index for index, _ in pieces], int)
     plan = make_plan(found, shard_of_piece, num_raw, Choices(**config.model_dump(include=_fields(Choices))))
     if not any(part.side == "train" for part in plan.parts):

@@ -390,6 +390,25 @@ def test_conversations_and_instruction_rows_pass_through_beside_document_questio
     assert chat["tools"] == CHAT["tools"]
 
 
+def test_what_stands_before_an_alpaca_question_is_learned_from_too(tmp_path: Path) -> None:
+    asked = {"instruction": "他哪年出生？", "input": "只答年份", "output": "1881", "system": "简短地答。"}
+    rows = [
+        asked | {"history": [["谁写了《呐喊》？", "鲁迅"]]},
+        asked | {"history": ["谁？"]},
+        asked | {"input": ["x"]},
+    ]
+    data = prepared(tmp_path, rows, max_bad_share=0.9, dev_share=0)
+    (chat,) = read(data, "train")
+    assert [(message["role"], message["content"]) for message in chat["messages"]] == [
+        ("system", "简短地答。"),
+        ("user", "谁写了《呐喊》？"),
+        ("assistant", "鲁迅"),
+        ("user", "他哪年出生？\n只答年份"),
+        ("assistant", "1881"),
+    ]
+    assert report_of(data)["bad"] == {"history[] is no pair of a question and its answer": 1, "input is no text": 1}
+
+
 def test_the_chat_preset_takes_conversations_alone(tmp_path: Path) -> None:
     data = prepared(tmp_path, [CHAT, row(1)], preset="chat", max_bad_share=0.5, dev_share=0)
     assert report_of(data)["bad"] == {"a document question, but --preset chat takes conversations": 1}
@@ -453,6 +472,21 @@ def test_bad_rows_are_quarantined_and_too_many_fail_the_stage(tmp_path: Path) ->
     with pytest.raises(StageError, match=r"a.json:2: not JSON.*leave out --strict"):
         prepare(PrepareConfig(**config, strict=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw", "worse"]
+
+
+def test_what_is_quarantined_is_masked_too(tmp_path: Path) -> None:
+    broken = '{"instruction": "' + "请打" * 95 + "13812345678" + "或写信" * 200
+    data = prepared(tmp_path, [row(1), broken], mask_personal_data=True, max_bad_share=0.9, dev_share=0)
+    raw = json.loads(Path(data, "quarantine.jsonl").read_text())["raw"]
+    assert len(raw) == 200
+    assert "138" not in raw
+
+
+def test_shards_without_a_row_are_told_in_one_line(tmp_path: Path) -> None:
+    raw = write_rows(tmp_path / "raw", [])
+    (raw / "a.json").write_bytes(b"")
+    with pytest.raises(StageError, match="no row is left for training"):
+        prepare(PrepareConfig(raw=str(raw), out=str(tmp_path / "out")))
 
 
 def test_an_unreadable_file_counts_by_its_bytes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import orjson
 from chatglm3.chat import Message
 from pipelines.rows.lines import RowError
 
+FIELDS = ("conversations", "tools", "system", "history", "instruction", "input", "output")
 SPEAKERS = ("system", "user", "assistant", "tool", "observation")
 
 
@@ -22,7 +23,7 @@ def messages_of(row: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None
     As in the official fine-tuning demo, a `tool` message holds a call and its result: the assistant's turn
     (metadata: the tool's name; content: the call as code) and the observation that answers it.
     """
-    _check_writable({name: row.get(name) for name in ("conversations", "tools", "instruction", "input", "output")})
+    _check_writable({name: row.get(name) for name in FIELDS})
     if "conversations" not in row:
         return _instruction(row), None
     turns, tools = row["conversations"], row.get("tools")
@@ -47,14 +48,36 @@ def _check_writable(fields: Mapping[str, Any]) -> None:
 
 
 def _instruction(row: Mapping[str, Any]) -> list[Message]:
+    """Alpaca's fields as LLaMA-Factory reads them: `input` below the instruction, `system` and `history` before it."""
     texts = {name: row.get(name) for name in ("instruction", "output")}
     for name, text in texts.items():
         if not isinstance(text, str) or not text.strip():
             raise RowError(f"{name} is missing, empty or no text")
-    prompt = str(texts["instruction"])
-    if isinstance(more := row.get("input"), str) and more.strip():
-        prompt += f"\n{more}"
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts["output"]}]
+    before: list[Message] = []
+    if system := _optional_text(row, "system"):
+        before.append({"role": "system", "content": system})
+    for number, turn in enumerate(_optional_turns(row)):
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text for text in turn)):
+            raise RowError(f"history[{number}] is no pair of a question and its answer")
+        before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    more = _optional_text(row, "input")
+    prompt = f"{texts['instruction']}\n{more}" if more else texts["instruction"]
+    return [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": texts["output"]}]
+
+
+def _optional_text(row: Mapping[str, Any], name: str) -> str:
+    """A field that may be missing or blank, which is ""."""
+    text = row.get(name)
+    if text is not None and not isinstance(text, str):
+        raise RowError(f"{name} is no text")
+    return text if text and text.strip() else ""
+
+
+def _optional_turns(row: Mapping[str, Any]) -> list[Any]:
+    turns = row.get("history") or []
+    if not isinstance(turns, list):
+        raise RowError("history is no list of pairs")
+    return turns
 
 
 def _turn(turn: Any, where: str) -> list[Message]:

@@ -13,7 +13,7 @@ from chatglm3 import ModelError
 from chatglm3.bm25 import plain_text
 from chatglm3.chat import render
 from chatglm3.documents import seed_document
-from pipelines.rows.cleaning import clean_conversation, clean_sample, digest, shingles
+from pipelines.rows.cleaning import clean_conversation, clean_sample, digest, mask_personal_data, shingles
 from pipelines.rows.lengths import ruler_of
 from pipelines.rows.lines import LONGEST_LINE, Line, Piece, RowError, read_lines
 from pipelines.rows.recipe import least_tokens
@@ -73,13 +73,18 @@ def examine(piece: Piece, index: int, rules: Rules) -> Findings:
         try:
             record, question = _record(line, rules)
         except RowError as error:
-            raw = line.content[:200].decode("utf-8", "replace")
-            findings.bad.append(BadRow(piece.name, line.number, str(error), raw, error.kind))
+            findings.bad.append(BadRow(piece.name, line.number, str(error), _shown(line.content, rules), error.kind))
         else:
             records.append((index, line.number, line.offset, *record))
             findings.questions.append(question)
     findings.records = np.array(records, RECORD)
     return findings
+
+
+def _shown(line: bytes, rules: Rules) -> str:
+    """The beginning of a bad line. What its cut might leave of a number or an address is beyond the end."""
+    text = line[:1000].decode("utf-8", "replace")
+    return (mask_personal_data(text, Counter()) if rules.mask_personal_data else text)[:200]
 
 
 def join(pieces: list[Piece], found: list[Findings]) -> Findings:
