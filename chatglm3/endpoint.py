@@ -26,7 +26,7 @@ class Endpoint:
 
     def __init__(self, url: str, api_key: str = "", timeout_s: float | None = None) -> None:
         """`url` is the server's, with or without /v1 at its end. `timeout_s` is for a whole answer."""
-        self._base = url.rstrip("/").removesuffix("/v1")
+        self.base = url.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=30)
 
@@ -46,7 +46,7 @@ class Endpoint:
     async def models(self) -> list[str]:
         """Names of the models that are served there, the main one first."""
         try:
-            async with self._session.get(f"{self._base}/v1/models") as response:
+            async with self._session.get(f"{self.base}/v1/models") as response:
                 await self._check(response)
                 return [model["id"] for model in orjson.loads(await response.read())["data"]]
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError, KeyError, TypeError) as error:
@@ -55,7 +55,7 @@ class Endpoint:
     async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Post a request that asks for a stream, and yield its events. EndpointError if it ends before its end."""
         try:
-            async with self._session.post(f"{self._base}{path}", json=body) as response:
+            async with self._session.post(f"{self.base}{path}", json=body) as response:
                 await self._check(response)
                 async for line in response.content:
                     if not line.startswith(b"data: "):
@@ -81,14 +81,14 @@ class Endpoint:
         except (orjson.JSONDecodeError, KeyError, TypeError):
             message, code = f"HTTP {response.status} without an explanation", ""
         remedy = "; give a valid one with --api_key_file" if response.status == 401 else ""
-        raise EndpointError(f"{self._base}: {message}{remedy}", f"HTTP {response.status} {code}".strip())
+        raise EndpointError(f"{self.base}: {message}{remedy}", f"HTTP {response.status} {code}".strip())
 
     def _unreachable(self, error: Exception) -> EndpointError:
         if isinstance(error, TimeoutError):
-            return EndpointError(f"{self._base} took too long", "timeout")
+            return EndpointError(f"{self.base} took too long", "timeout")
         cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
         reason = getattr(cause, "strerror", None) or str(cause) or type(error).__name__
-        return EndpointError(f"{self._base} cannot be asked: {reason}; correct --url or start it", type(error).__name__)
+        return EndpointError(f"{self.base} cannot be asked: {reason}; correct --url or start it", type(error).__name__)
 
 
 def read_api_key(path: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.errors import StageError
@@ -34,6 +35,8 @@ def connect() -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
         raise StageError(f"no Ray cluster answers at {address}: {error}; correct or unset RAY_ADDRESS") from None
+    except (RuntimeError, RayError) as error:  # another version of Ray or Python, or a token that is missing or wrong
+        raise StageError(f"the Ray cluster at {address} refuses this program: {error}") from None
 
 
 def _local_cluster() -> str | None:

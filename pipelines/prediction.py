@@ -14,7 +14,7 @@ from chatglm3.chat import Message, PromptFormat, question_ids
 from chatglm3.documents import documents_prompt
 from chatglm3.endpoint import Endpoint, read_api_key
 from chatglm3.engines import Engine, EngineError, RequestError, Sampling, load_engine
-from chatglm3.reply import ReplyStream
+from chatglm3.reply import SEPARATOR, ReplyStream
 from chatglm3.tokenizer import ChatGlmTokenizer
 from cluster.config import Config
 from cluster.errors import StageError
@@ -80,7 +80,10 @@ def _predict_remotely(config: PredictConfig, documents: list[str]) -> None:
 
 async def _main_model(endpoint: Endpoint) -> str:
     async with endpoint:
-        return (await endpoint.models())[0]
+        served = await endpoint.models()
+    if not served:
+        raise StageError(f"--url {endpoint.base} serves no model; start one, or name it by --model")
+    return served[0]
 
 
 def _converse(conversation: "Conversation | RemoteConversation", question: str | None, who: str) -> None:
@@ -121,11 +124,12 @@ class Conversation:
         messages = [*self.history, {"role": "user", "content": text}]
         prompt_ids = question_ids(self.tokenizer, messages, self.prompt_format)
         # A bare prompt is answered with text alone, a chat with ChatGLM3's metadata line before it.
-        reply, readable = "", ReplyStream() if self.prompt_format == "chat" else None
+        separator_id = self.tokenizer.control_id(SEPARATOR)
+        reply, readable = "", ReplyStream(separator_id=separator_id) if self.prompt_format == "chat" else None
         async with aclosing(self.engine.generate(prompt_ids, self.sampling)) as deltas:
             async for delta in deltas:
                 reply += delta.text
-                yield readable.push(delta.text) if readable else delta.text
+                yield readable.push(delta.text, delta.token_ids) if readable else delta.text
         if readable:
             yield readable.finish()
             self.history = [*messages, *parse_reply(reply).messages]

@@ -170,6 +170,7 @@ def test_on_a_cpu_blocks_have_4096_tokens_and_a_resumed_run_finds_its_choice_unl
     first = choose_memory(config(), MODEL, 4096, file, gpus=0)
     assert first == Memory(block_tokens=4096, recompute=False)
     assert choose_memory(config(), MODEL, 64, file, gpus=0) == first
+    assert choose_memory(config(), MODEL, 8192, file.with_name("longer.json"), gpus=0).block_tokens == 8192
     given = choose_memory(config(recompute=True), MODEL, 64, file, gpus=0)
     assert given == Memory(block_tokens=4096, recompute=True)  # what is given beats what was chosen
     assert choose_memory(config(), MODEL, 64, file, gpus=0) == first

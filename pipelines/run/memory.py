@@ -39,7 +39,7 @@ def choose_memory(config: TrainConfig, model: GlmConfig, longest: int, file: Pat
         given = config.model_dump(include={"block_tokens", "recompute"}, exclude_none=True)
         return kept.model_copy(update=given)
     if not gpus:
-        chosen = Memory(block_tokens=config.block_tokens or ON_CPU, recompute=bool(config.recompute))
+        chosen = Memory(block_tokens=config.block_tokens or max(ON_CPU, longest), recompute=bool(config.recompute))
     else:
         free_gb = ray.get(_free_gb.remote())
         chosen = _fastest(config, model, longest, free_gb)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from chatglm3 import load_tokenizer
 from chatglm3.chat import PromptFormat
@@ -126,7 +127,10 @@ def _encode_on_cluster(files: list[Path], config: PackingConfig) -> Iterator[dic
     encoded = lines.repartition(target_num_rows_per_block=WINDOW).map_batches(
         partial(_encode_batch, config=config), batch_format="numpy"
     )
-    return iter(encoded.iter_rows())
+    try:
+        yield from encoded.iter_rows()
+    except RayError as error:
+        raise StageError(f"tokenizing failed: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _encode_batch(batch: dict[str, np.ndarray], config: PackingConfig) -> dict[str, Any]:

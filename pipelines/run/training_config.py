@@ -64,7 +64,8 @@ class TrainConfig(Config):
     """Examples per optimizer step over all workers, rounded to whole blocks."""
     block_tokens: int | None = Field(None, ge=16)
     """Tokens of a packed block, which is what a worker computes at once; more is faster and takes more memory. Unless
-    given: 16,384, 8,192 or 4,096, whichever a GPU has memory for; 4,096 on CPU."""
+    given: 16,384, 8,192 or 4,096, whichever a GPU has memory for; 4,096 on CPU. None is smaller than the
+    longest row that prepare was to let through."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -120,7 +121,7 @@ class TrainConfig(Config):
     trackers: Annotated[list[TrackerName], ONE_OR_MORE, BESIDE_THE_CURVE] = Field([])
     """Where metrics go besides TensorBoard, such as mlflow or mlflow,wandb. Their own environment variables say to
     which server and project, and hold the keys."""
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     """Seed of the adapter's start, the order of blocks and dropout."""
 
     @model_validator(mode="after")
