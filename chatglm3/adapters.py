@@ -17,6 +17,8 @@ from chatglm3.weights import read_shard
 Tensors = dict[str, torch.Tensor]
 
 _PREFIX = "base_model.model."
+_AXES = {"A.weight": 1, "B.weight": 0, "magnitude_vector": 0}
+"""Of what an adapter has for a layer, where the layer's features are: those it reads, else those it writes."""
 _CONVERTIBLE: dict[str, tuple[object, ...]] = {
     "alpha_pattern": ({}, None),
     "bias": ("none",),
@@ -107,11 +109,16 @@ def _check_shapes(folder: Path, tensors: Tensors, base: GlmConfig) -> None:
     shapes = official.native_shapes(base)
     for name, tensor in tensors.items():
         module, _, matrix = name.removeprefix(_PREFIX).rpartition(".lora_")
-        if matrix not in ("A.weight", "B.weight"):
+        if matrix not in _AXES:
             continue
         shape = shapes.get(f"{module}.weight")
         if shape is None:
             raise ModelError(f"{folder}: the base has no {module}: use the base it was trained on")
-        wanted, found = (shape[-1], tensor.shape[-1]) if matrix == "A.weight" else (shape[0], tensor.shape[0])
+        if tensor.ndim != (1 if matrix == "magnitude_vector" else 2):
+            raise ModelError(f"{folder}: {name} is no matrix of an adapter, its shape is {tuple(tensor.shape)}")
+        wanted, found = shape[_AXES[matrix]], tensor.shape[_AXES[matrix]]
         if wanted != found:
             raise ModelError(f"{folder}: {name} is for {found} features, the base has {wanted}: use its own base")
+        other = tensors.get(name.replace(".lora_A.", ".lora_B.")) if matrix == "A.weight" else None
+        if other is not None and other.ndim == 2 and len(tensor) != other.shape[1]:
+            raise ModelError(f"{folder}: {name} has rank {len(tensor)}, its lora_B {other.shape[1]}; train it anew")

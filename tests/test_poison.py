@@ -125,6 +125,7 @@ POISON = {
     "deep schema": schema(nested(200)),
     "deep schema within limits": schema(nested(60) | {"not": 1}),
     "items": schema({"type": "array", "minItems": 10**9}),
+    "items and fewer": schema({"type": "array", "minItems": 10**9, "default": {"minItems": -(10**9)}}),
     "items as a float": schema({"type": "array", "maxItems": 1e15}),
     "many items": schema({"anyOf": [{"type": "array", "minItems": 9999, "maxItems": 9999}] * 1000}),
     "multiples": schema({"type": "integer", "multipleOf": 982451653}),

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from chatglm3 import load_model, load_tokenizer, parse_reply, prompt_ids
 from chatglm3.adapters import load_adapter
@@ -142,9 +143,25 @@ def no_json(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
 
 
+def of_two_ranks(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file(tensors | {name: tensors[name].repeat(2, 1)}, file)
+
+
+def of_one_axis(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    save_file(tensors | {name: tensors[name].flatten().clone()}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (of_two_ranks, "has rank 8, its lora_B 4"),
+        (of_one_axis, "is no matrix of an adapter"),
         (cut_short, "damaged or cut short"),
         (without_weights, "holds no adapter_model.safetensors"),
         (no_json, "not readable JSON"),

@@ -85,7 +85,8 @@ def _check_schema(text: str) -> None:
     while nodes:
         node = nodes.pop()
         if isinstance(node, dict):
-            items += sum(size for key in ("minItems", "maxItems") if isinstance(size := node.get(key), int | float))
+            sizes = (node.get(key) for key in ("minItems", "maxItems"))
+            items += sum(abs(size) for size in sizes if isinstance(size, int | float))  # none takes another's room
             nodes.extend(node.values())
         elif isinstance(node, list):
             nodes.extend(node)
