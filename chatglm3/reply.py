@@ -65,7 +65,9 @@ class ReplyStream:
     is not how the model was taught to write, they are all of these messages, and `content` is the last.
     """
 
-    def __init__(self, tools: Sequence[Any] | None = None) -> None:
+    def __init__(self, tools: Sequence[Any] | None = None, separator_id: int | None = None) -> None:
+        """With the id of SEPARATOR, only where the model wrote that id does a message end: a document or a tool's
+        result may hold the same text, and the model may quote it."""
         self.tool_calls: list[ToolCall] = []
         """Those that are complete; a call shows only at its end."""
         self.begun_call = ""
@@ -73,6 +75,9 @@ class ReplyStream:
         self.cut_call = ""
         """The tool of a call that was cut off: it shows with this name, and without arguments."""
         self._tools = tools
+        self._separator_id = separator_id
+        self._separators = 0
+        """Those that the model wrote, and that are still to be found in the text."""
         self._begin("")
 
     def _begin(self, text: str) -> None:
@@ -80,11 +85,13 @@ class ReplyStream:
         self._metadata: str | None = None
         self._started = False
 
-    def push(self, text: str) -> str:
-        """What the user may see now."""
+    def push(self, text: str, ids: Sequence[int] = ()) -> str:
+        """What the user may see now. `ids` are the tokens of the text, which may come later than they do."""
         released = ""
         self._text += text
-        while SEPARATOR in self._text:
+        self._separators += list(ids).count(self._separator_id) if self._separator_id is not None else 0
+        while SEPARATOR in self._text and (self._separators or self._separator_id is None):
+            self._separators -= 1
             self._text, rest = self._text.split(SEPARATOR, maxsplit=1)
             released += self.finish()
             self._begin(rest)

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 
 from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.engines import Delta, Engine, FinishReason
-from chatglm3.reply import ReplyStream
+from chatglm3.reply import SEPARATOR, ReplyStream
 from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app import chat_schema
@@ -83,7 +83,7 @@ class ChatChoice:
         self.is_over = False
         self._index = index
         self._tokenizer = tokenizer
-        self._reply = ReplyStream(tools) if is_chat else None
+        self._reply = ReplyStream(tools, tokenizer.control_id(SEPARATOR)) if is_chat else None
         # Not the engine's own stop texts, which see ChatGLM3's metadata line: "\n" would end every reply there.
         self._stop = StopTexts(stop)
         self._content = ""
@@ -103,7 +103,7 @@ class ChatChoice:
         """Take a piece in: the parts of a stream that it makes."""
         text, is_last = delta.text, delta.finish_reason is not None
         if self._reply is not None:
-            text = self._reply.push(text)
+            text = self._reply.push(text, delta.token_ids)
             text += self._reply.finish(is_cut=delta.finish_reason == "length") if is_last else ""
         text = self._stop.push(text, is_last)
         self._content += text

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from chatglm3.answer_stream import AnswerStream, Piece
 from chatglm3.engines import Delta, Engine, EngineError, FinishReason, Sampling
 from chatglm3.fitting import Part
-from chatglm3.reply import ReplyStream
+from chatglm3.reply import SEPARATOR, ReplyStream
 from serve_app.answer_schema import AnswerBody, AnswerRequest
 from serve_app.answers import STREAMS, Json, respond
 from serve_app.citations import cite, fit_report
@@ -56,7 +56,8 @@ def add_route(
         prompt_ids, parts = await asyncio.to_thread(reader.prompt, body, engine.context_length - max_tokens)
         await take_on(1, len(prompt_ids) + max_tokens)
         deltas = engine.generate(prompt_ids, sampling)
-        reply = ReplyStream() if reader.prompt_format == "chat" else None
+        separator_id = reader.tokenizer.control_id(SEPARATOR)
+        reply = ReplyStream(separator_id=separator_id) if reader.prompt_format == "chat" else None
         written = _Answer(body, parts, deltas, reply, body.model or model_name, len(prompt_ids), observe)
         return await respond(request, written, body.stream)
 
@@ -111,7 +112,9 @@ class _Answer:
                 self._completion_tokens += len(delta.token_ids)
                 text = delta.text
                 if self._reply is not None:
-                    text = self._reply.push(text) + (self._reply.finish() if delta.finish_reason else "")
+                    text = self._reply.push(text, delta.token_ids) + (
+                        self._reply.finish() if delta.finish_reason else ""
+                    )
                 for piece in self._stream.push(text):
                     yield piece
                 if delta.finish_reason:
