@@ -8,7 +8,8 @@ from chatglm3.documents import DocumentAnswer, parse_answer
 
 _HEAD = re.compile(r"\s*原文(?:\[\d+\])+：")
 _MAYBE_HEAD = re.compile(r"\s*(?:原?|原文(?:\[\d+\])*(?:\[\d*)?)")
-_MAYBE_TAIL = re.compile(r"\s*(?:\[\d+\])*(?:\[\d*)?\s*$")
+_MAYBE_TAIL = re.compile(r"(?:\[\d+\])*(?:\[\d*)?$")
+_LONGEST_TAIL = 400
 _ANSWER = "\n答："
 
 
@@ -61,5 +62,8 @@ class AnswerStream:
 
 def _settled(answer: str) -> str:
     """The answer without what may be its citations, or white space at its end."""
-    tail = _MAYBE_TAIL.search(answer)
-    return answer[: tail.start()] if tail else answer
+    answer = answer.rstrip()
+    # At its very end alone: the search takes the square of what looks like citations, and comes with every token.
+    bracketed = len(answer.rstrip("[]0123456789"))
+    tail = _MAYBE_TAIL.search(answer, max(bracketed, len(answer) - _LONGEST_TAIL))
+    return answer[: tail.start()].rstrip() if tail else answer

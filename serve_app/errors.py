@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -122,15 +123,26 @@ def _sentence(error: StarletteHTTPException) -> str:
             return error.detail
 
 
+def _place(loc: Sequence[int | str]) -> str:
+    """A field's place as clients know it: messages.0.content."""
+    return ".".join(str(part) for part in loc[1:] if not _ALTERNATIVE.search(str(part)))
+
+
+def _shown(name: int | str) -> str:
+    """A field's name that a client made up, which may be any text, as a few words that can be written."""
+    return " ".join(ascii(name)[1:-1].split())[:80] if not str(name).isprintable() else str(name)[:80]
+
+
 def _validation_error(error: dict[str, Any]) -> ApiError:
     """The first thing that is wrong with a body, as one sentence that names its place."""
-    place = ".".join(str(part) for part in error["loc"][1:] if not _ALTERNATIVE.search(str(part))) or None
+    place = _place(error["loc"]) or None
     match error["type"]:
         case "json_invalid":
             return ApiError(400, f"the body is not JSON: {error['ctx']['error']}", code="invalid_json")
         case "missing" | "model_attributes_type" if place is None:
             return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
         case "extra_forbidden":
+            place = ".".join(filter(None, (_place(error["loc"][:-1]), _shown(error["loc"][-1]))))
             return ApiError(400, f"{place} is not supported; leave it out", param=place, code="unknown_parameter")
         case _:
             message = error["msg"].removeprefix("Value error, ")

@@ -30,7 +30,7 @@ EXPOSED = (
 
 
 def _listed(value: Any) -> Any:
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class FrontArgs(BaseModel):

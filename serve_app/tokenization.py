@@ -71,9 +71,7 @@ def add_routes(
         """The ids that the model would read."""
         if body.model is not None:
             models.adapter(body.model)
-        ids = await off_loop(request, _ids, body)
-        strings = [token_text(tokenizer, token) for token in ids] if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=engine.context_length, tokens=ids, token_strs=strings)
+        return await off_loop(request, _tokens, body)
 
     @api.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Text:
@@ -81,6 +79,11 @@ def add_routes(
         if body.model is not None:
             models.adapter(body.model)
         return Text(prompt=await off_loop(request, tokenizer.decode, body.tokens))
+
+    def _tokens(body: TokenizeRequest) -> Tokens:
+        ids = _ids(body)
+        strings = [token_text(tokenizer, token) for token in ids] if body.return_token_strs else None
+        return Tokens(count=len(ids), max_model_len=engine.context_length, tokens=ids, token_strs=strings)
 
     def _ids(body: TokenizeRequest) -> list[int]:
         if body.messages is not None:

@@ -45,6 +45,18 @@ def test_who_comes_anew_waits_for_nobodys_backlog_and_is_owed_nothing():
     assert Counter(client for client, _ in late[:4]) == {"a": 2, "b": 2}
 
 
+def test_what_a_client_gave_up_is_not_held_against_it():
+    turns = FairTurns()
+    first, *given_up = [turns.take("a", 8000) for _ in range(8)]
+    turns.begin(first)
+    turns.take("b", 100)
+    for _ in given_up:
+        turns.give_back("a", 8000)
+    turns.give_back("a", 7990)  # of the one that was under way
+    assert turns.take("a", 100) < 100
+    turns.give_back("nobody", 100)
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400)), max_size=60))
 def test_while_two_clients_wait_neither_gets_more_than_two_requests_ahead(requests: list[tuple[str, int]]):
     got = dict.fromkeys("abc", 0)

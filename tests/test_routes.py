@@ -174,6 +174,9 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 WRONG_FIELDS = [
     ({"tools": []}, "tools", "invalid_value"),
     ({"functions": []}, "functions", "unknown_parameter"),
+    ({"Temperature": 0.5}, "Temperature", "unknown_parameter"),
+    ({"top-p": 0.5}, "top-p", "unknown_parameter"),
+    ({"two\nlines": 1}, "two\\nlines", "unknown_parameter"),
     ({"\ud800": 1}, None, "invalid_value"),
     ({"stream_options": {"include": True}, "stream": True}, "stream_options.include", "unknown_parameter"),
     ({"messages": [{"role": "user", "content": "x", "face": "n"}]}, "messages.0.face", "unknown_parameter"),

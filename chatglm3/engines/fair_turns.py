@@ -20,6 +20,11 @@ class FairTurns:
         self._ends[client] = turn + tokens
         return turn
 
+    def give_back(self, client: str, tokens: int) -> None:
+        """A request of the client's has ended, and so many of its tokens were neither read nor written."""
+        if client in self._ends:
+            self._ends[client] -= tokens
+
     def begin(self, turn: int) -> None:
         """A request has left the queue."""
         if turn > self._now:

@@ -93,6 +93,8 @@ class _Request:
     cached: int = 0
     turn: int = 0
     """Among those that wait; see FairTurns."""
+    unused: int = 0
+    """Tokens that its client was charged for, and that were neither read nor written yet."""
     ended: bool = False
     """Answered, failed, or given up by the client: its row is free at the next pass."""
 
@@ -240,12 +242,16 @@ class TransformersEngine:
             request = self._arrivals.get()
             if request is None:
                 return False
-            request.turn = self._turns.take(request.sampling.client, len(request.ids) + request.sampling.max_tokens)
+            request.unused = len(request.ids) + request.sampling.max_tokens
+            request.turn = self._turns.take(request.sampling.client, request.unused)
             self._waiting.append(request)
         return True
 
     def _retire(self) -> None:
         """Free the rows of ended requests; the last row moves into each gap, so that rows stay without gaps."""
+        for request in [request for request in (*self.running, *self._waiting) if request.ended]:
+            self._turns.give_back(request.sampling.client, request.unused)
+        self._waiting = [request for request in self._waiting if not request.ended]
         for row in reversed(range(len(self.running))):
             if self.running[row].ended:
                 last = self.running.pop()
@@ -258,11 +264,10 @@ class TransformersEngine:
         while self._waiting and len(self.running) < self.max_batch:
             request = min(self._waiting, key=lambda waiting: waiting.turn)  # of equal turns the first that came
             self._waiting.remove(request)
-            if not request.ended:
-                self._turns.begin(request.turn)
-                self._cache.erase(len(self.running))
-                self.running.append(request)
-                self._reading.append(request)
+            self._turns.begin(request.turn)
+            self._cache.erase(len(self.running))
+            self.running.append(request)
+            self._reading.append(request)
 
     def _read_prompts(self) -> None:
         """Read at most PROMPT_CHUNK prompt ids, all but each prompt's last id.
@@ -278,6 +283,7 @@ class TransformersEngine:
                 continue
             self._forward(self.running.index(request), [chunk], [request.cached])
             request.cached += len(chunk)
+            request.unused -= len(chunk)
             budget -= len(chunk)
             self._reading.append(request)
 
@@ -286,6 +292,7 @@ class TransformersEngine:
         states = self._one_token_on([r.ids[r.cached] for r in self.running], [r.cached for r in self.running])
         for request in self.running:
             request.cached += 1
+            request.unused -= 1
         rows = [row for row, request in enumerate(self.running) if request.cached == len(request.ids)]
         if not rows:
             return

@@ -179,7 +179,8 @@ class VllmEngine:
         adapter.users += 1
         text = TextStream(self._tokenizer, sampling.stop)
         text.push(sampling.drawn)
-        turn = self._turns.take(sampling.client, len(prompt_ids) + sampling.max_tokens)
+        unused = len(prompt_ids) + sampling.max_tokens
+        turn = self._turns.take(sampling.client, unused)
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
@@ -193,6 +194,7 @@ class VllmEngine:
                     async for output in outputs:
                         self._turns.begin(turn)
                         delta = self._delta(output.outputs[0], text, sampling.logprobs or 0)
+                        unused = min(unused, sampling.max_tokens) - len(delta.token_ids)
                         yield delta
                         if delta.finish_reason:
                             return
@@ -205,6 +207,7 @@ class VllmEngine:
             raise EngineError(f"this request failed: {_line(error.__cause__ or error)}") from error
         finally:
             adapter.users -= 1
+            self._turns.give_back(sampling.client, unused)
 
     def _watch(self, on_fatal: Callable[[], object] | None) -> None:
         """Tell of the death of vLLM's process, also when nobody asks it anything."""
@@ -264,9 +267,13 @@ class VllmEngine:
         try:
             await asyncio.to_thread(self._write_native, folder, Path(copy))
             await self._llm.add_lora(request)
-        except Exception as error:
+        except BaseException as error:  # a client may go away meanwhile
             shutil.rmtree(copy)
-            raise UnusableAdapter(f"adapter {name!r} cannot be used: {_line(error)}") from error
+            if isinstance(error, EngineDeadError):
+                raise EngineDied("the engine died") from error
+            if isinstance(error, Exception):
+                raise UnusableAdapter(f"adapter {name!r} cannot be used: {_line(error)}") from error
+            raise
         return _Adapter(request)
 
     async def _drop_older(self, version: tuple[Path, int]) -> None:
