@@ -2,13 +2,17 @@
 
 import json
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from chatglm3.engines.request_errors import RequestError
 
-MAX_DEPTH = 6
-"""Levels of a parameter's schema that the grammar follows; below them any value may come."""
+MAX_DEPTH = 8
+"""Levels of a parameter's schema that the grammar follows, references among them; below, any value may come."""
+_OF_NO_EFFECT = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "$defs", "definitions", "$schema", "$id", "$comment"}
+)
+"""Keywords that allow and forbid nothing by themselves."""
 
 # Python literals that are JSON values too.
 _VALUES = r"""
@@ -38,14 +42,21 @@ def call_message(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     return {"role": "assistant", "metadata": name, "content": f" ```python\n{code}\n```"}
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]]) -> str:
+def calls_grammar(tools: Sequence[Mapping[str, Any]], strict: Collection[str] = ()) -> str:
     """A grammar, in llguidance's Lark dialect, of a reply that calls one of `tools`, which are in the official form.
 
     Arguments come in the order of the tool's properties; those that are not required may be left out. RequestError
-    if a tool's parameters are no JSON schema of an object.
+    if a tool's parameters are no JSON schema of an object, or say more than the grammar follows and the tool's name is
+    in `strict`.
     """
-    grammar = _Grammar()
-    calls = [grammar.call(tool) for tool in tools]
+    grammar, calls = _Grammar(), []
+    for tool in tools:
+        calls.append(grammar.call(tool))
+        if grammar.not_followed and tool["name"] in strict:
+            raise RequestError(
+                f"a call of tool {tool['name']!r} cannot be kept to its parameters' {grammar.not_followed[0]}; "
+                f"leave strict or the keyword out"
+            )
     return "\n".join([f"start: {' | '.join(calls)}", *grammar.rules, _VALUES])
 
 
@@ -54,12 +65,21 @@ class _Grammar:
 
     def __init__(self) -> None:
         self.rules: list[str] = []
+        self.not_followed: list[str] = []
+        """What the schema of the last tool says beyond what its rules allow."""
 
     def call(self, tool: Mapping[str, Any]) -> str:
         """A whole reply that calls the tool."""
         schema = tool.get("parameters") or {}
+        self.not_followed, self._root = [], schema
+        self._references: dict[tuple[str, int], str] = {}
+        if isinstance(reference := schema.get("$ref"), str):  # as of a model that holds itself
+            schema = self._found(reference) or schema
         properties = _properties(schema, tool["name"])
-        if not properties:
+        self._note_others(schema, "type", "properties", "required", "additionalProperties")
+        if not properties and schema.get("additionalProperties") is False:
+            arguments = '"tool_call()"'
+        elif not properties:
             arguments = '"tool_call(" (argument (", " argument)*)? ")"'
         elif all(map(_is_argument_name, properties)):
             arguments = f'"tool_call(" {self._entries(schema, properties, "{}=", 0)} ")"'
@@ -70,12 +90,21 @@ class _Grammar:
 
     def _value(self, schema: Any, depth: int) -> str:
         """Python literals that `schema` allows; more than these where it says what is not known here."""
-        if not isinstance(schema, dict) or depth == MAX_DEPTH:
+        if not isinstance(schema, dict):
             return "any"
+        if depth >= MAX_DEPTH:
+            self.not_followed.append(f"more than {MAX_DEPTH} levels")
+            return "any"
+        if isinstance(reference := schema.get("$ref"), str):
+            self._note_others(schema, "$ref")
+            return self._referred(reference, depth)
         if isinstance(choices := schema.get("anyOf") or schema.get("oneOf"), list):
+            self._note_others(schema, "anyOf", "oneOf")
             return _any_of([self._value(choice, depth + 1) for choice in choices])
         if isinstance(values := [schema["const"]] if "const" in schema else schema.get("enum"), list) and values:
+            self._note_others(schema, "const", "enum", "type")
             return _any_of([_text(repr(value)) for value in values])
+        self._note_others(schema, "type", "properties", "required", "items", "additionalProperties")
         kinds = schema.get("type")
         return _any_of([self._typed(kind, schema, depth) for kind in (kinds if isinstance(kinds, list) else [kinds])])
 
@@ -85,7 +114,9 @@ class _Grammar:
             return f'"[" ({item} (", " {item})*)? "]"'
         if kind == "object":
             properties = _properties(schema, "")
-            return self._dictionary(schema, properties, depth) if properties else '"{" (entry (", " entry)*)? "}"'
+            if properties:
+                return self._dictionary(schema, properties, depth)
+            return '"{}"' if schema.get("additionalProperties") is False else '"{" (entry (", " entry)*)? "}"'
         return _TYPES.get(kind, "any") if isinstance(kind, str) else "any"
 
     def _dictionary(self, schema: Mapping[str, Any], properties: Mapping[str, Any], depth: int) -> str:
@@ -103,6 +134,29 @@ class _Grammar:
             first = self._rule(with_it if is_required else f"{with_it} | {first}")
             later = self._rule(and_it if is_required else f"{and_it} | {later}")
         return first
+
+    def _referred(self, reference: str, depth: int) -> str:
+        """A rule for each level at which a schema stands, which may hold itself."""
+        if (found := self._found(reference)) is None:
+            self.not_followed.append(f"$ref {reference!r}")
+            return "any"
+        place = reference, depth
+        if place not in self._references:
+            self._references[place] = self._rule(self._value(found, depth + 1))
+        return self._references[place]
+
+    def _found(self, reference: str) -> dict[str, Any] | None:
+        """What stands in the tool's own schema at `#/$defs/name`."""
+        found: Any = self._root
+        for part in reference.removeprefix("#/").split("/"):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
+
+    def _note_others(self, schema: Mapping[str, Any], *followed: str) -> None:
+        """Note the keywords that are none of those."""
+        self.not_followed += [key for key in schema if key not in followed and key not in _OF_NO_EFFECT]
+        if isinstance(schema.get("additionalProperties"), dict):
+            self.not_followed.append("additionalProperties")
 
     def _rule(self, body: str) -> str:
         name = f"rule_{len(self.rules)}"

@@ -89,7 +89,8 @@ class Function(RequestBody):
     parameters: JsonSchema | None = None
     """A JSON schema of an object."""
     strict: bool | None = None
-    """true only where tool_choice demands a call: such a one is kept to the schema, others are not."""
+    """true only where tool_choice demands a call, which is then kept to the schema; what of it cannot be kept is
+    refused."""
 
 
 class Tool(RequestBody):

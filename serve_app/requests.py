@@ -50,15 +50,16 @@ def chat_guide(body: ChatRequest, tools: Sequence[dict[str, Any]] | None, is_cha
             param="response_format" if body.response_format else "structured_outputs",
             code="unsupported_value",
         )
+    strict = [tool.function.name for tool in body.tools or () if tool.function.strict]
     match body.tool_choice:
         case "required" if tools:
-            return Guide("grammar", calls_grammar(tools))
+            return Guide("grammar", calls_grammar(tools, strict))
         case NamedTool() as choice if tools:
             named = [tool for tool in tools if tool["name"] == choice.function.name]
             if not named:
                 name = choice.function.name
                 raise ApiError(400, f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
-            return Guide("grammar", calls_grammar(named))
+            return Guide("grammar", calls_grammar(named, strict))
         case _:
             _refuse_strict(body.tools if tools else None)
             return guide

@@ -1,9 +1,13 @@
 """Tool calls as ChatGLM3 writes them: into the history, out of the model, and forced by a grammar."""
 
 import json
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 
+import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from chatglm3 import load_tokenizer, parse_reply, prompt_ids
 from chatglm3.engines.guide import Guide, GuideCompiler
@@ -64,9 +68,9 @@ def test_a_call_in_the_history_is_the_official_one():
     }
 
 
-def allowed(tokenizer: ChatGlmTokenizer, tools: list, *calls: dict) -> list[bool]:
+def allowed(tokenizer: ChatGlmTokenizer, tools: list, *calls: dict, strict: Sequence[str] = ()) -> list[bool]:
     compiler = GuideCompiler(tokenizer)
-    grammar = Guide("grammar", calls_grammar(tools))
+    grammar = Guide("grammar", calls_grammar(tools, strict))
     found = []
     for call in calls:
         ids = tokenizer.encode(call["metadata"] + "\n") + tokenizer.encode(call["content"].removeprefix(" "))
@@ -113,6 +117,64 @@ def test_what_a_schema_says_in_words_unknown_here_allows_any_value(tokenizer):
     tool = {"name": "f", "parameters": {"properties": properties}}
     call = call_message("f", {"a": {"k": [None]}, "b": "x", "c": False, "d": -1, "e": [1, "y"]})
     assert allowed(tokenizer, [tool], call) == [True]
+
+
+class Unit(Enum):
+    CELSIUS = "C"
+    FAHRENHEIT = "F"
+
+
+class Place(BaseModel):
+    city: str
+    unit: Unit
+
+
+class Journey(BaseModel):
+    begin: Place
+    others: list[Place]
+
+
+def strict_tool(model: type[BaseModel]) -> dict:
+    return openai.pydantic_function_tool(model, name="f")["function"]
+
+
+def test_a_model_of_models_is_kept_to_in_a_strict_call(tokenizer):
+    begin, other = {"city": "北京", "unit": "C"}, {"city": "上海", "unit": "F"}
+    calls = [
+        call_message("f", {"begin": begin, "others": others}) for others in ([], [other, begin], [{"city": "x"}], [1])
+    ]
+    calls += [call_message("f", {"begin": begin | {"unit": "K"}, "others": []}), call_message("f", {"begin": "x"})]
+    assert allowed(tokenizer, [strict_tool(Journey)], *calls, strict=["f"]) == [True, True, False, False, False, False]
+
+
+def test_a_call_without_parameters_has_none(tokenizer):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+    assert allowed(tokenizer, [tool], call_message("f", {}), call_message("f", {"a": 1})) == [True, False]
+
+
+class Tree(BaseModel):
+    left: "Tree | None"
+    right: "Tree | None"
+
+
+class Aged(BaseModel):
+    years: int = Field(ge=0)
+
+
+class Counted(BaseModel):
+    counts: dict[str, int]
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(Tree, "more than 8 levels"), (Aged, "minimum"), (Counted, "additionalProperties")],
+    ids=["a tree", "a limit", "any names"],
+)
+def test_what_a_strict_call_cannot_be_kept_to_is_refused_by_name(model, what):
+    tool = {"name": "f", "parameters": model.model_json_schema()}
+    assert len(calls_grammar([tool])) < 10_000
+    with pytest.raises(RequestError, match=f"a call of tool 'f' cannot be kept to its parameters' {what}"):
+        calls_grammar([tool], strict=["f"])
 
 
 def test_many_and_deep_parameters_make_a_grammar_of_their_own_size():
