@@ -22,7 +22,7 @@ OF_STAGE = {
     "prepare": ("token-auth", "kueue"),
     "train": ("gpu-train", "token-auth", "kueue", "s3", "spot"),
     "merge": ("gpu-train", "token-auth", "kueue"),
-    "evaluate": ("gpu-train", "token-auth", "kueue", "cron"),
+    "evaluate": ("gpu-train", "token-auth", "kueue", "cron", "spot"),
     "serve": ("gpu-serve", "gcs-ft", "token-auth", "api-keys", "haproxy", "spot", "gateway", "incremental-upgrade"),
 }
 
