@@ -55,6 +55,8 @@ def apply(config: ApplyConfig) -> None:
     for object_ in objects(text):
         if object_["kind"] == "RayJob":
             _make_room(object_, config.dry_run)
+        elif object_["kind"] == "Job" and not config.dry_run:
+            _remove_ended(object_)
         elif object_["kind"] == "RayService" and not config.other_model:
             _check_model(object_, config)
     dry_run = ["--dry-run=server"] if config.dry_run else []
@@ -95,6 +97,15 @@ def _make_room(job: Object, dry_run: bool) -> None:
             f"or end it: kubectl delete rayjob {name} --namespace {namespace}"
         )
     kubectl.run("delete", "rayjob", name, "--namespace", namespace)
+
+
+def _remove_ended(job: Object) -> None:
+    """Delete a Job that has ended: its pods cannot be changed, to another image for example. Ours do no work twice."""
+    where = (job["metadata"]["name"], "--namespace", job["metadata"]["namespace"])
+    live = kubectl.find("job", *where)
+    conditions = (live or {}).get("status", {}).get("conditions") or []
+    if any(found["type"] in ("Complete", "Failed") and found["status"] == "True" for found in conditions):
+        kubectl.run("delete", "job", *where)
 
 
 def _check_model(service: Object, config: ApplyConfig) -> None:

@@ -102,6 +102,16 @@ def test_a_finished_job_makes_room_for_the_next_one_and_a_running_one_does_not(k
     assert len(kubectl.asked("apply")) == 1
 
 
+def test_a_download_that_has_ended_makes_room_and_one_that_runs_does_not(kubectl):
+    kubectl.answer("get job shards", {"metadata": {"name": "shards"}, "status": {"active": 1}})
+    assert cluster("apply", "platform") == 0
+    assert kubectl.asked("delete") == []
+    ended = {"conditions": [{"type": "Complete", "status": "True"}]}
+    kubectl.answer("get job shards", {"metadata": {"name": "shards"}, "status": ended})
+    assert cluster("apply", "platform") == 0
+    assert kubectl.asked("delete") == ["delete job shards --namespace chatglm3"]
+
+
 def test_a_dry_run_changes_nothing(kubectl):
     kubectl.answer("get rayjob train", job("Complete", "SUCCEEDED"))
     assert cluster("apply", "train", "--dry_run") == 0
