@@ -3,7 +3,8 @@
     python -m benchmarks.http_pace
 
 The engine without a model (benchmarks/stand_in.py) says 28.4 tokens a second to each of 256 clients who ask at once,
-7,267 in all, which is what vLLM makes of ChatGLM3-6B in bf16 there (BENCHMARKS.md); an answer has 128. Once each token
+the 7,267 in all that vLLM makes of ChatGLM3-6B in bf16 there (BENCHMARKS.md); an answer has 128, its first two at once,
+which makes 7,382. Once each token
 is a piece, once what is due is one, as in the vLLM engine. The rate is all tokens over the time from the first request
 to the last answer's end, beside the one at which the engine makes them. CPU is that of all processes that the answer
 passes through.

@@ -72,7 +72,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, fused=True)
     warmup = max(1, options.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (options.steps - step) / (options.steps - warmup))
+        optimizer, lambda step: min((step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup))
     )
     order = BlockOrder(len(blocks), 1, seed=seed)
     chosen = [blocks[order.step(step)[0]] for step in range(options.steps)]
@@ -83,7 +83,7 @@ def fine_tune(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if (step + 1) % (options.steps // 8) == 0:
+        if (step + 1) % max(1, options.steps // 8) == 0:
             dev.append((step + 1, mean_loss(model, held_out, options.block_tokens)))
     return model, torch.stack(losses).tolist(), dev
 

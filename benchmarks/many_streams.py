@@ -49,15 +49,17 @@ async def hold(session: aiohttp.ClientSession, url: str, tokens: int, seen: Seen
         async with session.post(f"{url}/v1/chat/completions", json=body) as response:
             response.raise_for_status()
             seen.open += 1
-            async for line in response.content:
-                if line.startswith(b"data: [DONE]"):
-                    ending = "complete"
-                elif line.startswith(b"data: "):
-                    now = time.monotonic()
-                    if last:
-                        seen.gaps.append(now - last)
-                    last = now
-            seen.open -= 1
+            try:
+                async for line in response.content:
+                    if line.startswith(b"data: [DONE]"):
+                        ending = "complete"
+                    elif line.startswith(b"data: "):
+                        now = time.monotonic()
+                        if last:
+                            seen.gaps.append(now - last)
+                        last = now
+            finally:
+                seen.open -= 1
     except aiohttp.ClientError as error:
         ending = type(error).__name__
     seen.endings[ending] += 1

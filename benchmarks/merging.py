@@ -98,10 +98,11 @@ def main() -> None:
     copied = 0.0
     for name in chosen.contenders:
         exit_code, seconds, peak = measure(name, chosen.base, adapter, chosen.out)
-        copied = copied or seconds
+        copied = seconds if name == "copy" else copied
+        of_a_copy = f"{seconds / copied:.1f}" if copied else ""
         size = sum(file.stat().st_size for file in chosen.out.iterdir()) / 1e9 if chosen.out.is_dir() else 0
         failed = f" (ended with {exit_code})" if exit_code else ""
-        print(f"| {name}{failed} | {seconds:.0f} | {seconds / copied:.1f} | {peak:.2f} | {size:.2f} |", flush=True)
+        print(f"| {name}{failed} | {seconds:.0f} | {of_a_copy} | {peak:.2f} | {size:.2f} |", flush=True)
     for folder in (chosen.out, adapter):
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))

@@ -128,11 +128,12 @@ class Bench:
         torch.cuda.empty_cache()
         words = recipe.split("-")
         packed = recipe != "predecessor"
+        model = self._model(words)
         clock = Clock(
             *((4, self.options.steps) if packed else (PREDECESSOR_STEPS, PREDECESSOR_STEPS)),
             profiled=recipe in self.options.profile,
         )
-        run(self._model(words), words, kind, clock.tick)
+        run(model, words, kind, clock.tick)
         if clock.profile:
             self._write_profile(recipe, kind, *clock.profile)
         rates, mean = clock.rates()
