@@ -4,7 +4,10 @@ import asyncio
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -185,6 +188,32 @@ def test_a_broken_adapter_is_one_line_and_harms_nobody(engine, shelf, spoil, rea
         assert answers(engine, [(prompt(9), "attention")]) == [before]
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_folder_that_is_slow_to_read_keeps_nobody_else_waiting(engine, shelf, monkeypatch):
+    shutil.copytree(shelf / "attention", shelf / "slow")
+    arrived, read = threading.Event(), RowAdapters._read
+
+    def slow(adapters: RowAdapters, folder: Path) -> Any:
+        assert arrived.wait(60)
+        return read(adapters, folder)
+
+    async def run() -> list[tuple[int, ...]]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        one = Sampling(max_tokens=4)
+        await engine.prepare(replace(one, adapter="attention"))
+        monkeypatch.setattr(RowAdapters, "_read", slow)
+        waiting = [asyncio.create_task(complete(engine, prompt(9), replace(one, adapter="slow"))) for _ in range(6)]
+        await asyncio.sleep(0.2)
+        others = [await complete(engine, prompt(9), replace(one, adapter=name)) for name in ("attention", "")]
+        assert not any(task.done() for task in waiting)
+        arrived.set()
+        return [answer.token_ids for answer in (others[0], *await asyncio.gather(*waiting))]
+
+    try:
+        assert len(set(asyncio.run(run()))) == 1
+    finally:
+        shutil.rmtree(shelf / "slow")
 
 
 def test_clients_choose_adapters_by_the_models_name(engine, tiny, shelf, caplog):

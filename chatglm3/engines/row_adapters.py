@@ -3,10 +3,12 @@
 No adapter is merged into the model or into a copy of it, so that many of them cost little more memory than their files.
 """
 
+import asyncio
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,14 @@ Adapter = dict[str, Update]
 
 
 class RowAdapters:
-    """The adapters of one model. `aim` belongs to the thread that runs the model; `load` to any."""
+    """The adapters of one model. `aim` belongs to the thread that runs the model, `find` to the event loop."""
 
     def __init__(self, model: GlmForCausalLM, folders: AdapterFolders) -> None:
         self._model = model
         self._folders = folders
-        self._loading = threading.Lock()
+        # One at a time: two loads of the same one would need its memory twice. And not in the event loop's threads, of
+        # which a few requests for a slow folder would take all.
+        self._loader = ThreadPoolExecutor(1, "adapters")
         self.loaded: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
         """By folder and the time it was written; the one that was asked for last stands last."""
         self._groups: list[tuple[Adapter, torch.Tensor | slice]] = []
@@ -69,12 +73,18 @@ class RowAdapters:
         for name, layer in self._layers.items():
             layer.register_forward_hook(self._hook(name))
 
-    def load(self, name: str) -> Adapter:
+    async def find(self, name: str) -> Adapter:
         """The adapter of that name, as its folder is now. UnknownAdapter, or UnusableAdapter with the reason."""
+        loaded = await asyncio.to_thread(self._loaded, name)
+        if loaded is not None:
+            return loaded
+        return await asyncio.get_running_loop().run_in_executor(self._loader, self.load, name)
+
+    def load(self, name: str) -> Adapter:
+        """The same at once."""
         folder = self._folders.find(name)
         try:
-            with self._loading:  # one at a time: two that load the same one would need its memory twice
-                return self._kept((str(folder), written_at(folder)), folder)
+            return self._kept((str(folder), written_at(folder)), folder)
         except (ModelError, OSError, ValueError, TypeError, KeyError) as error:
             raise UnusableAdapter(f"adapter {name!r} cannot be used: {' '.join(str(error).split())}") from None
 
@@ -91,6 +101,14 @@ class RowAdapters:
             everybody = len(group) == len(rows)
             its_rows = slice(None) if everybody else torch.tensor(group, device=self._model.device)
             self._groups.append((adapter, its_rows))
+
+    def _loaded(self, name: str) -> Adapter | None:
+        folder = self._folders.find(name)
+        key = str(folder), written_at(folder)
+        with suppress(KeyError):
+            self.loaded.move_to_end(key)
+            return self.loaded[key]
+        return None
 
     def _kept(self, key: tuple[str, int], folder: Path) -> Adapter:
         if key not in self.loaded:

@@ -212,7 +212,7 @@ class TransformersEngine:
             return matcher, None
         if self._row_adapters is None:
             raise UnknownAdapter(f"there is no adapter {name!r}: the engine was started without any")
-        return matcher, await asyncio.to_thread(self._row_adapters.load, name)
+        return matcher, await self._row_adapters.find(name)
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
