@@ -77,8 +77,8 @@ def test_answers_may_be_as_long_as_those_that_evaluate_scores():
 
 
 def answers(folder: str, questions: list[Row]) -> list[str]:
-    """What the embedded engine answers from a folder."""
-    engine = load_engine("transformers", folder, dtype="bfloat16")
+    """What the embedded engine answers from a folder, one at a time: in bfloat16 near ties depend on who is beside."""
+    engine = load_engine("transformers", folder, dtype="bfloat16", max_batch=1)
     instructions = [row["instruction"] for row in questions]
     try:
         asked = ask_all(engine, load_tokenizer(folder), instructions, "chat", Sampling(max_tokens=48))
@@ -101,7 +101,10 @@ def test_the_embedded_engine_answers_from_every_format_as_was_measured_and_nearl
     counts = storage.open_folder(out).receipt.counts
     assert counts["questions"] == len(questions)
     assert {"citation_precision", "citation_recall", "bleu_4"} < scores.keys()
-    assert {name: counts[name] for name in scores} == {name: round(each.value, 4) for name, each in scores.items()}
+    a_tie = 2 / len(questions)  # merge asks several at a time
+    assert {name: each.value for name, each in scores.items()} == pytest.approx(
+        {name: counts[name] for name in scores}, abs=a_tie
+    )
     assert "reference_citation_recall" in counts
     for text in ((out / "report.html").read_text(), (out / "README.md").read_text()):
         assert all(name in text for name in scores)
