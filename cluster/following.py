@@ -101,7 +101,7 @@ def describe_service(service: Object) -> list[str]:
     """A RayService in a line, and one for each application that has something to say."""
     state = service.get("status", {})
     active, pending = state.get("activeServiceStatus") or {}, state.get("pendingServiceStatus") or {}
-    ready = "ready" if condition(service, "Ready") == "True" else "not ready"
+    ready = "ready" if kubectl.condition(service, "Ready") == "True" else "not ready"
     upgrade = f", {pending['rayClusterName']} is to take over" if pending.get("rayClusterName") else ""
     cluster = active.get("rayClusterName", "no cluster yet")
     lines = [f"{service['metadata']['name']}: {ready}, {model_of(service)} on {cluster}{upgrade}"]
@@ -110,12 +110,6 @@ def describe_service(service: Object) -> list[str]:
             message = " ".join(str(application.get("message", "")).split())
             lines.append(f"  {name}: {application.get('status')}{f', {message[-300:]}' if message else ''}")
     return lines
-
-
-def condition(object_: Object, name: str) -> str:
-    """True, False or Unknown, as an object's condition says; "" where it has none."""
-    conditions = object_.get("status", {}).get("conditions") or []
-    return next((str(found["status"]) for found in conditions if found["type"] == name), "")
 
 
 def _follow(config: WaitConfig) -> subprocess.Popen[bytes]:

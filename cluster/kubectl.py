@@ -33,6 +33,12 @@ def find_all(*arguments: str) -> list[Object]:
     return items
 
 
+def condition(object_: Object, name: str) -> str:
+    """True, False or Unknown, as an object's condition says; "" where it has none."""
+    conditions = object_.get("status", {}).get("conditions") or []
+    return next((str(found["status"]) for found in conditions if found["type"] == name), "")
+
+
 def _remedy(said: str) -> str:
     if "refused" in said or "Unable to connect" in said or "no configuration" in said:
         return "; no cluster answers: look at `kubectl config current-context`, or set KUBECONFIG"

@@ -103,8 +103,7 @@ def _remove_ended(job: Object) -> None:
     """Delete a Job that has ended: its pods cannot be changed, to another image for example. Ours do no work twice."""
     where = (job["metadata"]["name"], "--namespace", job["metadata"]["namespace"])
     live = kubectl.find("job", *where)
-    conditions = (live or {}).get("status", {}).get("conditions") or []
-    if any(found["type"] in ("Complete", "Failed") and found["status"] == "True" for found in conditions):
+    if live and "True" in [kubectl.condition(live, how) for how in ("Complete", "Failed")]:
         kubectl.run("delete", "job", *where)
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from cluster import kubectl
 from cluster.config import Config
 from cluster.errors import StageError
-from cluster.following import NAMESPACE, condition
+from cluster.following import NAMESPACE
 from cluster.kubectl import Object
 from cluster.manifests import model_of
 
@@ -123,7 +123,7 @@ def _waits_for(model: str, config: RollbackConfig) -> str:
         return "the operator has not seen the change yet"
     if pending := (state.get("pendingServiceStatus") or {}).get("rayClusterName"):
         return f"the new cluster {pending} is not ready"
-    if condition(service, "Ready") != "True":
+    if kubectl.condition(service, "Ready") != "True":
         return "the service is not ready"
     head = _head(service, config)
     if deployed_model(_on(head, config, "serve", "config")) != model:

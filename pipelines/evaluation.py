@@ -13,7 +13,7 @@ from chatglm3.chat import PromptFormat
 from chatglm3.engines import Sampling, load_engine
 from cluster import session, storage
 from cluster.config import Config
-from cluster.errors import StageError
+from cluster.errors import StageError, last_line
 from cluster.progress import track
 from pipelines.model_folders import ModelFolder, folder_digest, open_model, warn_of_other_wording
 from pipelines.one_or_more import ONE_OR_MORE
@@ -141,7 +141,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Ans
         arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows))
         found = {each["row"]: Answer(each["text"], int(each["tokens"]), float(each["seconds"])) for each in arriving}
     except RayError as error:  # its last line is the error that the engine or the loading of the model raised
-        raise StageError(f"asking {model.name} failed: {str(error).strip().splitlines()[-1]}") from error
+        raise StageError(f"asking {model.name} failed: {last_line(error)}") from error
     return [found[index] for index in range(len(rows))]
 
 

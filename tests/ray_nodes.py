@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 from benchmarks.fault_places import BIN, free_port, ray_environment
-from benchmarks.processes import below, end_tree
+from benchmarks.processes import below, command_line, end_tree
 from tests.waiting import wait_for
 
 
@@ -65,7 +65,7 @@ class Nodes:
         """SIGKILL to the head's GCS, with which the head ends."""
         assert self.head
         of_the_head = below(self.head.pid)
-        [gcs] = below(self.head.pid, "gcs/gcs_server")
+        [gcs] = [process for process in of_the_head if "gcs/gcs_server" in command_line(process)]
         gcs.kill()
         self.head.wait(60)
         for process in of_the_head:  # the pod is gone, and all that was in it

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import ray.data
 from ray.exceptions import RayError
 
-from cluster.errors import StageError
+from cluster.errors import StageError, last_line
 from cluster.progress import track
 
 MOST_DEATHS = 3
@@ -49,7 +49,7 @@ def _survive(
         except RayError as error:
             deaths += 1
             if deaths > MOST_DEATHS:
-                yield None, str(error).strip().splitlines()[-1]
+                yield None, last_line(error)
 
 
 def _run(function: Callable[..., Any], items: Sequence[Any], workers: int, common: dict[str, Any]) -> Iterator[Outcome]:

@@ -17,7 +17,7 @@ from chatglm3.chat import PromptFormat
 from chatglm3.errors import ModelError
 from cluster import storage
 from cluster.config import Config
-from cluster.errors import StageError
+from cluster.errors import StageError, last_line
 from cluster.progress import track
 from pipelines.compute.block_files import write_blocks
 from pipelines.compute.blocks import Block
@@ -130,7 +130,7 @@ def _encode_on_cluster(files: list[Path], config: PackingConfig) -> Iterator[dic
     try:
         yield from encoded.iter_rows()
     except RayError as error:
-        raise StageError(f"tokenizing failed: {str(error).strip().splitlines()[-1]}") from error
+        raise StageError(f"tokenizing failed: {last_line(error)}") from error
 
 
 def _encode_batch(batch: dict[str, np.ndarray], config: PackingConfig) -> dict[str, Any]:
