@@ -16,7 +16,7 @@ from chatglm3.chat import PromptFormat
 from cluster.errors import StageError
 from cluster.progress import track
 from pipelines.compute.examples import encode
-from pipelines.rows.lines import read_line
+from pipelines.rows.lines import cut, read_line, read_lines
 from pipelines.scores.metrics import by_group, resampled_sums
 
 MOST_TOKENS = 2048
@@ -49,25 +49,18 @@ class Agreement:
 
 def shuffled_examples(data: Path, split: str, folder: Path | str, prompt_format: PromptFormat) -> Iterator[Example]:
     """Rows of the split in a random order that is always the same. StageError if there are none."""
-    places = [place for file in sorted((data / split).glob("*.jsonl")) for place in _lines_of(file)]
+    # A few rows are wanted, of a split of any size.
+    pieces = [piece for file in sorted((data / split).glob("*.jsonl")) for piece in cut(file)]
+    places = [(piece.path, line.offset) for piece in pieces for line in read_lines(piece)]
     if not places:
         raise StageError(f"--data {data} has no {split} rows to go by; prepare again, or give another folder")
     random.Random(0).shuffle(places)
     tokenizer = load_tokenizer(folder)
-    rows = (json.loads(read_line(str(file), offset)) for file, offset in places)
+    rows = (json.loads(read_line(path, offset)) for path, offset in places)
     return (
         Example(*encode(row, tokenizer, prompt_format), str(row.get("group", f"row {number}")))
         for number, row in enumerate(rows)
     )
-
-
-def _lines_of(file: Path) -> Iterator[tuple[Path, int]]:
-    """Where each line begins, in bytes: a few rows of a split of any size are wanted."""
-    with file.open("rb") as lines:
-        offset = 0
-        for line in lines:
-            yield file, offset
-            offset += len(line)
 
 
 def take(examples: Iterable[Example], most: int, size: Callable[[Example], int]) -> list[Example]:
