@@ -31,6 +31,7 @@ from pipelines.training import TrainConfig, train
 from serve_app.load import Outcome, Prompt, at_once
 
 WARM_UP = 5
+READY_S = 400  # vLLM compiles, and captures CUDA graphs
 SERVING_PROMPT = "根据公司的规定，介绍一下差旅费的报销流程。" * 40
 
 
@@ -127,7 +128,7 @@ def serving_lines(chosen: argparse.Namespace) -> Iterator[Line]:
         application["args"] |= {"model": chosen.model, "tensor_parallel": chosen.tensor_parallel}
         application["args"] |= {"name": "model", "max_batch": chosen.users}
         deployment |= {"max_ongoing_requests": chosen.users, "max_queued_requests": -1}
-        with haproxy_environment() as env, service(config, env, count) as running:
+        with haproxy_environment() as env, service(config, env, count, ready_s=READY_S) as running:
             prompt = Prompt([{"role": "user", "content": SERVING_PROMPT}], chosen.tokens)
             users = chosen.users * count
             asyncio.run(_ask(running.url, [prompt] * users, users))
