@@ -112,6 +112,46 @@ def test_zero3_shares_out_an_nf4_base_and_gives_the_curve_of_ddp(rows: str, tmp_
     assert stored == ["torch.uint8", 2.0]  # 4-bit numbers in bytes, half of them here
 
 
+def sharded_and_saved(rank: int, plan: TrainingPlan, folder: str) -> None:
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def of_a_large_model(config: dict[str, Any], **rest: Any) -> Any:
+        """With no room for what a later layer needs, so that layers are let go, and fetched ahead."""
+        limits = ("max_reuse_distance", "param_persistence_threshold")
+        config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits} | {"stage3_prefetch_bucket_size": 3000}
+        return initialize(config=config, **rest)
+
+    deepspeed.initialize = of_a_large_model
+    with worker(rank, 2, plan, folder) as training:
+        losses = saved_losses(training, Path(folder) if rank == 0 else None)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(losses))
+
+
+def saved_losses(training: Training, folder: Path | None) -> list[float]:
+    """Losses before, at and after a checkpoint into `folder`."""
+    losses = [training.advance()["loss"] for _ in range(2)] + [training.evaluate()["dev_loss"]]
+    training.save(folder)
+    return [*losses, training.advance()["loss"]]
+
+
+def test_zero3_saves_whole_adapters_although_an_evaluation_left_layers_on_their_way(
+    rows: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    data = storage.open_folder(rows, "prepare")
+    plan = make_plan(TrainConfig(data=rows, **SETTINGS), open_model("tiny", "--base"), data, tmp_path / "run-x", 0)
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    whole.mkdir()
+    pieces.mkdir()
+    expected = saved_losses(Training(plan, 0, 1, torch.device("cpu")), whole)
+    zero3 = plan.model_copy(update={"strategy": "zero3"})
+    torch.multiprocessing.spawn(sharded_and_saved, (zero3, str(pieces)), nprocs=2)
+    assert json.loads((pieces / "found.json").read_text()) == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close(weights(pieces / "adapter"), weights(whole / "adapter"), rtol=1e-3, atol=1e-3)
+
+
 def test_a_four_bit_layer_lets_its_gathered_weight_go_between_the_passes(tiny: Path) -> None:
     model = load_model(tiny, dtype=torch.bfloat16, quantization_config=NF4, device_map={"": "cpu"})
     layer = model.train().model.layers[0].mlp.down_proj

@@ -6,8 +6,8 @@ adapters of `train`'s defaults, as pipelines/run/memory.py reckons it).
 """
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,12 +92,16 @@ class Sharded:
         moments = [{name: get(p, name).cpu() for name in MOMENTS} for p in self.parameters]
         return {"state": dict(enumerate({"step": step, **m} for m in moments)), "param_groups": self.groups}
 
-    def whole(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
         """See Workers."""
-        gathered: AbstractContextManager[object] = self.api.zero.GatheredParameters(
-            self.parameters, enabled=self.stage == 3
-        )
-        return gathered
+        if self.stage < 3:
+            yield
+            return
+        self.sharded.checkpoint_event_prologue()  # after an evaluation, layers it foresaw are still on their way
+        with self.api.zero.GatheredParameters(self.parameters):
+            yield
+        self.sharded.checkpoint_event_epilogue()
 
     def _load(self, state: dict[int, dict[str, Tensor]]) -> None:
         flat = (
