@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,18 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "block_tokens": 1024,
     "use_gpu": False,
+    "lora": {"dropout": 0.05},  # it draws numbers, which a restart has to draw again
 }
 LIMIT_S = 240
+
+
+def flags_of(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The settings as words of a command line."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flags_of({f"{name}.{part}": inner for part, inner in value.items()})
+        else:
+            yield from (f"--{name}", str(value))
 
 
 @dataclass
@@ -43,9 +53,8 @@ class Run:
     def start(self) -> None:
         """Give the command."""
         settings = SETTINGS | {"workers": 2} | self.flags | {"data": self.data, "out": self.out}
-        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines", "train", *flags],
+            [sys.executable, "-m", "pipelines", "train", *flags_of(settings)],
             env=os.environ | self.env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -40,7 +40,6 @@ RECIPE: dict[str, Any] = {
     "batch_size": 8,
     "block_tokens": 1024,
     "learning_rate": 4e-3,
-    "lora": {"dropout": 0.0},
 }
 # Without quotes: to copy a sentence first is more than a model of this size learns in a minute.
 ROWS: dict[str, Any] = {"distractors": 3, "quotes": False, "dev_share": 0.12}

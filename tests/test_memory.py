@@ -38,9 +38,11 @@ def config(**settings: Any) -> TrainConfig:
         ("nf4", {}, 16384, False, 70.7),
         ("fp8", QKV, 8192, False, 30.2),
         ("fp8", QKV, 16384, False, 53.2),
+        ("nf4", {"dropout": 0.05}, 16384, False, 93.8),  # these two on an H200
+        ("fp8", {"dropout": 0.05}, 16384, False, 96.8),
     ],
 )
-def test_the_estimate_is_within_a_twentieth_of_what_an_h100_showed(
+def test_the_estimate_is_within_a_twentieth_of_what_a_gpu_showed(
     base_format: str, lora: dict[str, Any], tokens: int, recompute: bool, measured: float
 ) -> None:
     wanted = config(base_format=base_format, lora=lora)
@@ -144,7 +146,7 @@ def test_layers_that_are_not_compiled_keep_as_many_bytes_a_token_as_autograd_sav
 
 def test_zero3_keeps_more_for_each_token_than_compiled_layers_do() -> None:
     needed = [needed_gb(MODEL, config(strategy=strategy, workers=8), 4096, False) for strategy in ("ddp", "zero3")]
-    assert needed == pytest.approx([21.7, 30.1], abs=0.05)  # although zero3's base is in eight parts
+    assert needed == pytest.approx([21.7, 23.3], abs=0.05)  # although zero3's base is in eight parts
 
 
 def test_a_run_that_had_too_little_memory_goes_on_with_recompute(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def adapter(
     request: pytest.FixtureRequest, rows: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
 ) -> str:
     lora = LoraSettings.model_validate({"rank": 4, request.param: True})
-    return train(TrainConfig(data=rows, lora=lora, out=str(tmp_path_factory.mktemp("trained") / "adapter"), **SETTINGS))
+    out = str(tmp_path_factory.mktemp("trained") / "adapter")
+    return train(TrainConfig(data=rows, out=out, **SETTINGS | {"lora": lora}))
 
 
 def test_the_merged_weights_are_those_of_base_and_live_adapter(adapter: str, tiny: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import ray
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.train_command import SETTINGS, curve
+from benchmarks.train_command import SETTINGS, curve, flags_of
 from cluster import session, storage
 from cluster.errors import StageError
 from pipelines.model_folders import open_model
@@ -86,8 +86,7 @@ def test_a_run_that_is_interrupted_and_then_killed_goes_on_with_the_same_curve_a
     undisturbed: str, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "adapter"
-    settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "pipelines", "train", "--data", rows, "--out", str(out), *settings]
+    command = [sys.executable, "-m", "pipelines", "train", "--data", rows, "--out", str(out), *flags_of(SETTINGS)]
     said = tmp_path / "said"
     for end, step, code in ((signal.SIGINT, 4, 130), (signal.SIGKILL, 8, -9)):
         run = subprocess.Popen(command, stdout=said.open("w"), stderr=subprocess.DEVNULL)

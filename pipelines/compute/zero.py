@@ -1,7 +1,7 @@
 """ZeRO (arXiv:1910.02054) by DeepSpeed. zero2 shards gradients and optimizer, zero3 the frozen base as well.
 
 Adapters are small, so zero2 saves little beside ddp; zero3 is for a base that one GPU has no room for, at the cost of
-a gather for each layer, and of layers that are not compiled: they keep 1.6 times as much for each token (nf4 and the
+a gather for each layer, and of layers that are not compiled: they keep 1.3 times as much for each token (nf4 and the
 adapters of `train`'s defaults, as pipelines/run/memory.py reckons it).
 """
 

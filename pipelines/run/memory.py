@@ -88,7 +88,7 @@ def needed_gb(model: GlmConfig, config: TrainConfig, tokens: int, recompute: boo
     """
     bytes_each = 4 if config.base_format == "fp32" else 2
     eager = config.strategy == "zero3"  # its layers are not compiled: see Training
-    kept = _kept_eagerly(model, config, bytes_each) if eager else bytes_each * _kept_numbers(model, config)
+    kept = (_kept_eagerly if eager else _kept_compiled)(model, config, bytes_each)
     layers = model.num_hidden_layers
     # Recomputing keeps each layer's input, and all of the layer that is at work.
     numbers = layers * bytes_each * model.hidden_size + kept if recompute else layers * kept
@@ -130,16 +130,20 @@ def _adapter_weights(model: GlmConfig, config: TrainConfig) -> int:
     return model.num_hidden_layers * config.lora.rank * sum(sum(shapes[name]) for name in config.lora.targets)
 
 
-def _kept_numbers(model: GlmConfig, config: TrainConfig) -> int:
-    """Numbers a token that one compiled layer keeps for its backward pass."""
-    h, shapes = model.hidden_size, linear_shapes(model)
+def _kept_compiled(model: GlmConfig, config: TrainConfig, bytes_each: int) -> int:
+    """Bytes a token that one compiled layer keeps for its backward pass."""
+    h, shapes, targets = model.hidden_size, linear_shapes(model), config.lora.targets
     kept = 5 * h + 2 * shapes["k_proj"][0] + shapes["gate_up_proj"][0]
-    if "down_proj" in config.lora.targets:
+    if "down_proj" in targets:
         kept += model.intermediate_size  # the input of its adapter, which a frozen layer need not keep
-    kept += h * ("o_proj" in config.lora.targets) + h * ("gate_up_proj" in config.lora.targets)
+    kept += h * ("o_proj" in targets) + h * ("gate_up_proj" in targets)
     if config.lora.dora:  # what each frozen layer makes, which its row lengths are learned from
-        kept += sum(shapes[name][0] for name in config.lora.targets)
-    return kept
+        kept += sum(shapes[name][0] for name in targets)
+    masks = 0
+    if config.lora.dropout:  # a mask of bytes for each adapter's input, and what both norms make
+        masks = sum(shapes[name][1] for name in targets)
+        kept += h * bool({"q_proj", "k_proj", "v_proj"} & set(targets)) + h * ("gate_up_proj" in targets)
+    return bytes_each * kept + masks
 
 
 def _kept_eagerly(model: GlmConfig, config: TrainConfig, bytes_each: int) -> int:
