@@ -59,6 +59,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -134,7 +135,12 @@ class VllmEngine:
         )
         arguments |= self._lora_arguments()
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[lambda *_: self._stats])
+            self._llm = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**arguments),
+                # Prompts are read in steps of a server's size: 8,192 tokens on an H100, where others get 2,048.
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[lambda *_: self._stats],
+            )
         except Exception as error:
             raise ModelError(f"{folder}: vLLM cannot run it ({_line(error)}); engine=transformers can") from error
         self._closed = threading.Event()
