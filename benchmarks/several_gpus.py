@@ -8,13 +8,16 @@
 Training is weak scaling through Ray Train: every worker computes one packed block a step, so a perfect machine takes as
 long for eight workers as for one, and what it takes longer is the exchange of gradients and waiting for the slowest.
 Tokens that are not padding count; the median of the timed steps. Serving is a closed loop of so many users for each
-replica, behind Ray Serve with HAProxy; output tokens count. Efficiency is the rate of one over that of the
+replica, behind Ray Serve with HAProxy; prompts are random and answers 128 tokens, as in `vllm_over_http`; output tokens
+count. Efficiency is the rate of one over that of the
 first line of the same kind, per GPU. Without GPUs the same runs on CPU processes, which share the cores.
 """
 
 import argparse
 import asyncio
+import random
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +25,16 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.services import example_config, haproxy_environment, service
+from benchmarks.vllm_over_http import Prompts, Seen, ask, behind_haproxy, config_of, random_prompts, vocabulary_of
 from chatglm3.endpoint import Endpoint
+from chatglm3.folder import model_folder
 from cluster import session, storage
 from pipelines.run.packing import PackingConfig, pack_split
 from pipelines.run.progress import read_metrics
 from pipelines.training import TrainConfig, train
-from serve_app.load import Outcome, Prompt, at_once
 
 WARM_UP = 5
-READY_S = 400  # vLLM compiles, and captures CUDA graphs
-SERVING_PROMPT = "根据公司的规定，介绍一下差旅费的报销流程。" * 40
+ANSWERS_A_USER = 4
 
 
 @dataclass
@@ -61,9 +63,8 @@ def main() -> None:
     serving = parts.add_parser("serve", help="output tokens a second, and latencies, by replicas")
     serving.add_argument("--model", default="tiny", help="folder that merge wrote (default: tiny)")
     serving.add_argument("--users", type=int, default=64, help="for each replica (default: 64)")
-    serving.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
     serving.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of a replica (default: 1)")
-    serving.set_defaults(lines=serving_lines, head="first token, p50, ms | between pieces, p50, ms | p99, ms")
+    serving.set_defaults(lines=serving_lines, head="first token, p50, ms | answer, p50, s | p99, s")
     for part in (training, serving):
         part.add_argument("--count", type=int, nargs="+", default=[1, 2, 4, 8], help="workers or replicas, in turn")
     chosen = parser.parse_args()
@@ -121,32 +122,34 @@ def _training_line(kind: str, count: int, rows: list[dict[str, float]]) -> Line:
 
 def serving_lines(chosen: argparse.Namespace) -> Iterator[Line]:
     """A line for each number of replicas."""
+    model, chance = model_folder(chosen.model).resolve(), random.Random(0)
     for count in chosen.count:
-        config = example_config(count)
+        users, seen = chosen.users * count, Seen()
+        config = config_of(model, chosen.users, separate=False)
         [application] = config["applications"]
-        [deployment] = application["deployments"]
-        application["args"] |= {"model": chosen.model, "tensor_parallel": chosen.tensor_parallel}
-        application["args"] |= {"name": "model", "max_batch": chosen.users}
-        deployment |= {"max_ongoing_requests": chosen.users, "max_queued_requests": -1}
-        with haproxy_environment() as env, service(config, env, count, ready_s=READY_S) as running:
-            prompt = Prompt([{"role": "user", "content": SERVING_PROMPT}], chosen.tokens)
-            users = chosen.users * count
-            asyncio.run(_ask(running.url, [prompt] * users, users))
-            outcomes = asyncio.run(_ask(running.url, [prompt] * 4 * users, users))
-        failed = [outcome.error for outcome in outcomes if outcome.error]
-        assert not failed, failed[:3]
-        rate = sum(outcome.completion_tokens for outcome in outcomes) / max(outcome.ended for outcome in outcomes)
-        waited = 1000 * median(outcome.texts[0] - outcome.sent for outcome in outcomes)
-        gaps = quantiles((1000 * gap for outcome in outcomes for gap in outcome.gaps), n=100)
-        gpus = count * chosen.tensor_parallel
-        yield Line(
-            f"{chosen.tensor_parallel} GPU a replica", gpus, rate, f"{waited:.0f} | {gaps[49]:.1f} | {gaps[98]:.1f}"
-        )
+        application["args"] |= {"engine": "auto", "tensor_parallel": chosen.tensor_parallel}
+        application["deployments"][0]["num_replicas"] = count
+        with behind_haproxy(config, count) as url:
+            for answers, into in ((1, Seen()), (ANSWERS_A_USER, seen)):  # the first of each user does not count
+                prompts = random_prompts(answers * users, vocabulary_of(model), chance)
+                began = time.perf_counter()
+                asyncio.run(_closed_loop(url, prompts, users, into))
+                into.rounds_s.append(time.perf_counter() - began)
+        last = quantiles(seen.answers_s, n=100)[98]
+        times = f"{1000 * median(seen.waits_s):.0f} | {median(seen.answers_s):.2f} | {last:.2f}"
+        yield Line(f"{chosen.tensor_parallel} GPU a replica", count * chosen.tensor_parallel, seen.rate, times)
 
 
-async def _ask(url: str, prompts: list[Prompt], users: int) -> list[Outcome]:
+async def _closed_loop(url: str, prompts: Prompts, users: int, seen: Seen) -> None:
+    """So many users, each of whom asks again when he is answered."""
+    waiting = iter(prompts)
     async with Endpoint(url) as endpoint:
-        return await at_once(endpoint, "model", prompts, users)
+
+        async def user() -> None:
+            for ids in waiting:
+                await ask(endpoint, ids, seen)
+
+        await asyncio.gather(*(user() for _ in range(users)))
 
 
 if __name__ == "__main__":

@@ -46,11 +46,12 @@ Prompts = Sequence[list[int]]
 
 @dataclass
 class Seen:
-    """What came of the requests: seconds of each round, tokens of each answer, seconds to each first token."""
+    """What came of the requests: seconds of each round, tokens of each answer, seconds to its first token and end."""
 
     rounds_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     waits_s: list[float] = field(default_factory=list)
+    answers_s: list[float] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -58,12 +59,22 @@ class Seen:
         return sum(self.tokens) / sum(self.rounds_s)
 
 
+def vocabulary_of(model: Path) -> int:
+    """How many ids a prompt may be of."""
+    return read_config(model).vocab_size - 1024  # the last rows of ChatGLM3's are nobody's
+
+
 def rounds_of(at_once: int, vocabulary: int) -> Iterator[Prompts]:
     """Rounds of prompts, the same wherever they are asked."""
     chance = random.Random(at_once)
     for _ in range(max(2, 8 // at_once)):
-        lengths = [max(64, min(1022, int(chance.lognormvariate(6.46, 0.55)))) for _ in range(at_once)]
-        yield [[chance.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
+        yield random_prompts(at_once, vocabulary, chance)
+
+
+def random_prompts(count: int, vocabulary: int, chance: random.Random) -> Prompts:
+    """Prompts of random ids, of the lengths that are measured with."""
+    lengths = [max(64, min(1022, int(chance.lognormvariate(6.46, 0.55)))) for _ in range(count)]
+    return [[chance.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
 
 
 def measure(ask: Callable[[Prompts, Seen], None], counts: Sequence[int], vocabulary: int) -> dict[int, Seen]:
@@ -149,10 +160,11 @@ def config_of(model: Path, most: int, separate: bool) -> dict[str, Any]:
 
 async def _ask_all(url: str, prompts: Prompts, seen: Seen) -> None:
     async with Endpoint(url) as endpoint:
-        await asyncio.gather(*(_ask(endpoint, ids, seen) for ids in prompts))
+        await asyncio.gather(*(ask(endpoint, ids, seen) for ids in prompts))
 
 
-async def _ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
+async def ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
+    """One request; what came of it goes to `seen`."""
     body = {"model": NAME, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     body |= {"stream_options": {"include_usage": True}}
     sent, waited = time.perf_counter(), 0.0
@@ -162,6 +174,7 @@ async def _ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
             if usage := event.get("usage"):
                 seen.tokens.append(usage["completion_tokens"])
     seen.waits_s.append(waited)
+    seen.answers_s.append(time.perf_counter() - sent)
 
 
 def main() -> None:
@@ -177,7 +190,7 @@ def main() -> None:
     print("|---|---|--:|--:|--:|--:|--:|", flush=True)
     found: dict[tuple[Path, str], dict[int, Seen]] = {}
     for model in chosen.models:
-        vocabulary = read_config(model).vocab_size - 1024  # the last rows of ChatGLM3's are nobody's
+        vocabulary = vocabulary_of(model)
         for place in chosen.places:
             run = alone if place == "alone" else lambda *rest, place=place: over_http(place, *rest)
             found[model, place] = run(model.resolve(), chosen.at_once, vocabulary)
