@@ -64,7 +64,7 @@ def measure(name: str, base: Path, adapter: Path, out: Path) -> tuple[int, float
 
 def _command(name: str, base: Path, adapter: Path, out: Path) -> list[str]:
     if name == "copy":
-        return ["cp", "-r", str(base), str(out)]
+        return ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(base), str(out)]  # on the disk, as merge's files are
     if name == "whole":
         arguments = ["--base", str(base), "--out", str(out), "--only", str(adapter)]
         return [sys.executable, "-m", "benchmarks.merging", *arguments]

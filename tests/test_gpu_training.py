@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 4,
     "score_rows": 8,
     "score_tokens": 24,
+    "lora": {"dropout": 0.05},  # it draws numbers, which a restart has to draw again
 }
 Near = Callable[[list[float], list[float], float], None]
 RERUN = 0.02
