@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,7 +73,9 @@ def sweep(config: SweepConfig) -> str:
     gpus = session.gpus_per_worker(config.train.use_gpu)
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     run = Path(f"{Path(config.out)}.run").resolve() / f"sweep-{digest[:16]}"
-    alone = {"workers": 1, "min_workers": None, "strategy": "ddp", "score_rows": 0}
+    largest = {"rank": max(config.ranks), "targets": max((TARGETS[name] for name in config.targets), key=len)}
+    alone: dict[str, Any] = {"workers": 1, "min_workers": None, "strategy": "ddp", "score_rows": 0}
+    alone |= {"lora": config.train.lora.model_copy(update=largest)}  # which every trial must have memory for
     plan = make_plan(config.train.model_copy(update=alone), base, data, run, gpus)
     if not BlockFile(plan.dev_blocks).target_counts.any():
         raise StageError(f"--train.data {config.train.data} has no dev rows to judge by; prepare with a --dev_share")
@@ -107,8 +110,11 @@ def _run_trials(config: SweepConfig, plan: TrainingPlan, run: Path, gpus: int) -
         run_config=tune.RunConfig(name="trials", storage_path=str(run), verbose=0),
     )
     grid_of_results = tuner.fit()
-    if len(grid_of_results) == grid_of_results.num_errors:
-        raise StageError(f"every trial failed: {' '.join(str(grid_of_results.errors[0]).split())[-300:]}")
+    if failed := grid_of_results.num_errors:
+        why = " ".join(str(grid_of_results.errors[0]).split())[-300:]
+        if len(grid_of_results) == failed:
+            raise StageError(f"every trial failed: {why}")
+        print(f"sweep: {failed} of {len(grid_of_results)} trials failed and are left out: {why}", file=sys.stderr)
     for number in range(len(grid_of_results)):
         result = grid_of_results[number]
         if result.error is None:

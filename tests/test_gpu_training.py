@@ -218,12 +218,16 @@ def test_dora_and_rslora_learn_on_a_gpu_in_16_bits_as_on_a_cpu_in_32(
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_zero_gives_the_curve_of_ddp(
+def test_zero_gives_the_curve_of_ddp_although_its_worker_is_killed(
     bare: Callable[[str], Bare], near: Near, rows: str, tmp_path: Path, strategy: str
 ) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed", exc_type=ImportError)
     out = tmp_path / "adapter"
+    killer = threading.Thread(target=kill_a_worker_after_step, args=(Path(f"{out}.run"), HALF), daemon=True)
+    killer.start()
     train(TrainConfig.model_validate({"data": rows, "out": str(out), "strategy": strategy} | SETTINGS))
+    killer.join(timeout=1)
+    assert not killer.is_alive(), "no worker was killed"
     near([loss for _, loss in curve(out)], bare("nf4").losses, ACROSS)
 
 

@@ -4,12 +4,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+OPENING = 2**24
+"""Numbers of the first exchange, 64 MB: as large as most adapters' gradients."""
+
 
 def summed(values: Tensor) -> Tensor:
     """All workers' `values` added up, in place."""
     if _several():
         dist.all_reduce(values)
     return values
+
+
+def open_connections(device: torch.device) -> None:
+    """Exchange something as large as gradients, before anything else is in a GPU's memory.
+
+    NCCL takes its buffers at the first exchange, and PyTorch, which may hold nearly all of a GPU by the end of the
+    first backward pass, would give none back to it.
+    """
+    if _several():
+        summed(torch.zeros(OPENING, device=device))
 
 
 def any_worker(said: bool, device: torch.device) -> bool:

@@ -1,8 +1,8 @@
 """ZeRO (arXiv:1910.02054) by DeepSpeed. zero2 shards gradients and optimizer, zero3 the frozen base as well.
 
-Adapters are small, so zero2 saves little beside ddp; zero3 is for a base that one GPU has no room for, at the cost of
-a gather for each layer, and of layers that are not compiled: they keep 1.3 times as much for each token (nf4 and the
-adapters of `train`'s defaults, as pipelines/run/memory.py reckons it).
+Adapters are small, so zero2 saves little beside ddp; zero3 is for GPUs that have room for the base and not for a step
+beside it, at the cost of a gather for each layer, and of layers that are not compiled: they keep 1.3 times as much for
+each token (nf4 and the adapters of `train`'s defaults, as pipelines/run/memory.py reckons it).
 """
 
 import os
@@ -49,7 +49,13 @@ class Sharded:
             "train_micro_batch_size_per_gpu": 1,  # only for its logs: blocks come as they are
             "gradient_clipping": max_grad_norm,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": False,
+                # DeepSpeed's 500 million fp32 numbers would be 2 GB on each GPU.
+                "reduce_bucket_size": sum(parameter.numel() for parameter in self.parameters),
+                "stage3_max_reuse_distance": 0,  # or the last layers' weights stay whole until the backward pass
+            },
         }
         if stage == 3:
             for layer in (module for module in model.modules() if isinstance(module, Linear4bit)):
@@ -109,7 +115,8 @@ class Sharded:
         )
         for tensor in flat:  # DeepSpeed has places for the moments only after the first step
             moments = {name: torch.zeros_like(tensor) for name in MOMENTS}
-            self.optimizer.state[tensor] = {"step": state[0]["step"].clone(), **moments}
+            # A GPU's fused AdamW wants even the number of the step there; a checkpoint's comes from the CPU.
+            self.optimizer.state[tensor] = {"step": state[0]["step"].to(tensor.device, copy=True), **moments}
         if self.stage == 2:
             self.sharded._lazy_init_hp_params_optimizer_state()
         for parameter, moments in zip(self.parameters, state.values(), strict=True):

@@ -41,13 +41,15 @@ def choose_memory(config: TrainConfig, model: GlmConfig, longest: int, file: Pat
     if not gpus:
         chosen = Memory(block_tokens=config.block_tokens or max(ON_CPU, longest), recompute=bool(config.recompute))
     else:
-        free_gb = ray.get(_free_gb.remote())
+        # At once, so that they meet different GPUs: the one with least decides for all.
+        asked = max(1, min(config.workers, int(ray.cluster_resources().get("GPU", 0))))
+        free_gb = min(ray.get([_free_gb.remote() for _ in range(asked)]))
         chosen = _fastest(config, model, longest, free_gb)
         if config.block_tokens is None or config.recompute is None:
             print(
                 f"train: memory: blocks of {chosen.block_tokens:,} tokens, activations "
                 f"{'computed again' if chosen.recompute else 'kept'}: about {chosen.needed_gb:.0f} GB "
-                f"of the {free_gb:.0f} GB free on a GPU (--block_tokens, --recompute)"
+                f"of the {free_gb:.0f} GB free on {'a' if asked == 1 else 'each'} GPU (--block_tokens, --recompute)"
             )
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -96,7 +98,9 @@ def needed_gb(model: GlmConfig, config: TrainConfig, tokens: int, recompute: boo
     # out: its layers hold buffers, and DeepSpeed takes parameters. `train` refuses the two together.
     workers = (config.min_workers or config.workers) if config.strategy == "zero3" else 1
     fixed = base_bytes(model, config.base_format, workers) + 16 * _adapter_weights(model, config)
-    return (fixed + tokens * numbers) / 1e9 + CHUNK_GB
+    # Each worker loads the whole base before fp8 is made of it, or zero3 takes its part.
+    loading = base_bytes(model, "bf16" if config.base_format == "fp8" else config.base_format)
+    return max(loading, fixed + tokens * numbers) / 1e9 + CHUNK_GB
 
 
 def base_bytes(model: GlmConfig, base_format: BaseFormat, workers: int = 1) -> float:
@@ -137,8 +141,9 @@ def _kept_compiled(model: GlmConfig, config: TrainConfig, bytes_each: int) -> in
     if "down_proj" in targets:
         kept += model.intermediate_size  # the input of its adapter, which a frozen layer need not keep
     kept += h * ("o_proj" in targets) + h * ("gate_up_proj" in targets)
-    if config.lora.dora:  # what each frozen layer makes, which its row lengths are learned from
-        kept += sum(shapes[name][0] for name in targets)
+    if config.lora.dora:  # what each frozen layer makes, which its row lengths are learned from, and what comes of it
+        kept += sum(shapes[name][0] for name in targets) * (2 if config.lora.dropout else 1)
+        kept += sum(shapes[name][0] for name in {"q_proj", "k_proj", "v_proj", "o_proj"} & set(targets))
     masks = 0
     if config.lora.dropout:  # a mask of bytes for each adapter's input, and what both norms make
         masks = sum(shapes[name][1] for name in targets)

@@ -106,9 +106,9 @@ class TrainConfig(Config):
     """Answer ids that are kept (bare format only)."""
     strategy: Annotated[Strategy, BESIDE_THE_CURVE] = "ddp"
     """ddp: every worker holds the whole base, right while one GPU has room for it (ChatGLM3-6B in NF4: 4 GB); zero2:
-    DeepSpeed shards gradients and optimizer; zero3: the base too (not fp8), for one that no GPU has room for: it
-    gathers each layer, and layers are not compiled, so they are slower and keep more for each token. The curve is the
-    same."""
+    DeepSpeed shards gradients and optimizer; zero3: the base too (not fp8), once each has loaded it: for GPUs
+    with room for the base and not for a step beside it. It gathers each layer, and layers are not compiled, so they
+    take twice as long and keep more for each token. The curve is the same."""
     workers: Annotated[int, BESIDE_THE_CURVE] = Field(1, ge=1)
     """Worker processes. The loss curve does not depend on it."""
     min_workers: Annotated[int | None, BESIDE_THE_CURVE] = Field(None, ge=1)

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from pipelines.compute.batches import PackedBatch, Padding, Timed, batches_ahead
 from pipelines.compute.block_files import BlockFile
 from pipelines.compute.blocks import BlockOrder, Work, share
-from pipelines.compute.exchange import summed
+from pipelines.compute.exchange import open_connections, summed
 from pipelines.compute.step import compile_layers, recompute_layers, trainable_model
 from pipelines.compute.strategies import Replicated, Workers, adamw
 from pipelines.run.checkpoints import load_checkpoint, save_checkpoint
@@ -41,6 +41,7 @@ class Training:
     ) -> None:
         """At the plan's beginning, or where the run was that wrote `start`, on any number of workers."""
         self.plan, self.rank, self.world, self.device = plan, rank, world, device
+        open_connections(device)
         torch.manual_seed(plan.seed)  # every worker draws the same adapters
         self.model: PeftModel = trainable_model(plan.base, plan.base_format, lora_config(plan.lora), device)
         state = load_checkpoint(self.model, start) if start else {"step": 0, "optimizer": None, "dev_losses": []}
@@ -51,7 +52,8 @@ class Training:
         if plan.recompute:
             recompute_layers(self.model)
         on_gpu = device.type == "cuda"
-        if on_gpu and plan.compiled and plan.strategy != "zero3":  # whose hooks between layers' parts cannot be
+        # zero3's hooks between layers' parts cannot be compiled; fp32's attention would be, anew for every block.
+        if on_gpu and plan.compiled and plan.strategy != "zero3" and plan.base_format != "fp32":
             compile_layers(self.model)
         self.padding = Padding(plan.block_tokens) if on_gpu else None
         self.workers = _workers(plan, self.model, state["optimizer"])
