@@ -22,13 +22,15 @@ class AppArgs(FrontArgs):
     engine: EngineName = "auto"
     """What runs the model."""
     dtype: DtypeName = "auto"
-    """Computing type; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Computing type; auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU."""
     max_batch: int = Field(32, ge=1)
     """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
     speculate: bool = False
     """Guess the next tokens by what followed the last ones before, which quotes of documents gain by; vLLM only."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of a replica, which share each layer; vLLM only."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of a GPU's memory to take, for one that others use too; unless given, vLLM's own 0.92. vLLM only."""
     separate_engines: bool = False
     """Put engines into replicas of their own, the deployment EngineServer, behind those that speak HTTP: an answer then
     goes on where another engine is left off when its replica dies, for the price of a second hop."""

@@ -41,6 +41,7 @@ def engine_of_this_replica(args: AppArgs, last_words_s: float = 0.0) -> Engine:
         max_batch=args.max_batch,
         speculate=args.speculate,
         tensor_parallel=args.tensor_parallel,
+        gpu_memory_utilization=args.gpu_memory_utilization,
         adapters=AdapterFolders(args.adapters, args.adapter_dir),
         on_fatal=end,
     )

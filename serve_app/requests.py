@@ -104,7 +104,7 @@ def samplings(
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k or 0,
-            seed=None if body.seed is None else body.seed + choice,
+            seed=None if body.seed is None else _wrapped(body.seed + choice),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items()),
@@ -114,6 +114,11 @@ def samplings(
         )
         for choice in range(body.n or 1)
     ]
+
+
+def _wrapped(seed: int) -> int:
+    """A seed of 64 bits, as engines hold it: behind the largest comes the smallest."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _call(call: CalledTool, place: str) -> dict[str, str]:

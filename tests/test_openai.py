@@ -75,6 +75,12 @@ def ask(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(**{"model": "tiny", "messages": QUESTION, "max_tokens": 24} | fields)
 
 
+def test_seeds_go_round_at_the_end_of_their_64_bits(client):
+    fields = {"temperature": 1.5, "max_tokens": 12}
+    texts = [choice.message.content for choice in ask(client, n=2, seed=2**63 - 1, **fields).choices]
+    assert texts == [ask(client, seed=seed, **fields).choices[0].message.content for seed in (2**63 - 1, -(2**63))]
+
+
 def test_choice_i_of_a_seeded_request_is_what_seed_plus_i_gives(client):
     fields = {"temperature": 1.5, "max_tokens": 16}
     answer = ask(client, n=3, seed=11, **fields)

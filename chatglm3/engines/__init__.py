@@ -220,14 +220,15 @@ def load_engine(
     adapters: AdapterFolders | None = None,
     speculate: bool = False,
     tensor_parallel: int = 1,
+    gpu_memory_utilization: float | None = None,
     on_fatal: Callable[[], object] | None = None,
 ) -> Engine:
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
 
     `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. At most `max_batch` requests run at a time, others wait.
     `adapters` are those that requests can name. `speculate` guesses tokens by what followed the last ones before, and
-    `tensor_parallel` GPUs share each layer (both vLLM only). `on_fatal` is called when the engine has died. Raises
-    ModelError for an unknown name or an unusable folder.
+    `tensor_parallel` GPUs share each layer, `gpu_memory_utilization` is the share of a GPU to take (vLLM only, all
+    three). `on_fatal` is called when the engine has died. Raises ModelError for an unknown name or an unusable folder.
     """
     if name not in get_args(EngineName):
         raise ModelError(f"engine {name!r} is not known; choose auto, transformers or vllm")
@@ -245,9 +246,11 @@ def load_engine(
             adapters=adapters,
             speculate=speculate,
             tensor_parallel=tensor_parallel,
+            gpu_memory_utilization=gpu_memory_utilization,
             on_fatal=on_fatal,
         )
-    for option, asked in (("speculate", speculate), ("tensor_parallel", tensor_parallel > 1)):
+    options = {"speculate": speculate, "tensor_parallel": tensor_parallel > 1}
+    for option, asked in (options | {"gpu_memory_utilization": gpu_memory_utilization}).items():
         if asked:
             raise ModelError(f"{option} needs vLLM: give engine=vllm, or leave {option} out")
     from chatglm3.engines import transformers_engine

@@ -21,6 +21,11 @@ class AdapterFolders:
         """Whether there can be any, now or later."""
         return bool(self._named or self._shelf)
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether more can be added while the engine runs."""
+        return self._shelf is not None
+
     def names(self) -> list[str]:
         """Names that `find` knows now."""
         return sorted(self._all())

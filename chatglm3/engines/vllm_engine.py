@@ -50,6 +50,8 @@ from chatglm3.tokenizer import load_tokenizer
 # Read when vLLM is imported: it reports its use to nobody, and leaves the log of this process alone.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+# Its other sampler, the default, is compiled at the start, by a compiler that images without CUDA's toolkit lack.
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 from vllm import SamplingParams
 from vllm.config import StructuredOutputsConfig
@@ -58,6 +60,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -65,8 +68,10 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of which vLLM wants its limit to be one
+# How many can be answered with at the same time, others wait. One takes 70 MB of a GPU at rank 16, 270 MB at rank 64.
+LEAST_LORAS, MOST_LORAS = 4, 16
 # Answers from documents repeat their words: what followed the last few tokens before is what they go on with.
-NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+NGRAM = {"num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 # Compiling for a CPU takes a minute. And a request with a seed whose prompt is read in chunks ends vLLM 0.32 there:
 # "CPU Generator does not use offset". Its cache would be nearly all memory; $VLLM_CPU_KVCACHE_SPACE overrules this.
@@ -82,9 +87,17 @@ log = logging.getLogger(__name__)
 
 
 def engine_arguments(
-    folder: Path, *, dtype: DtypeName = "auto", max_batch: int = 32, speculate: bool = False, tensor_parallel: int = 1
+    folder: Path,
+    *,
+    dtype: DtypeName = "auto",
+    max_batch: int = 32,
+    speculate: bool = False,
+    tensor_parallel: int = 1,
+    gpu_memory_utilization: float | None = None,
 ) -> dict[str, Any]:
     """What vLLM is told of a model, whichever of its interfaces runs it."""
+    # The GPU's way lets vLLM work out the next step while this one runs.
+    method = "ngram_gpu" if torch.cuda.is_available() else "ngram"
     return {
         "model": str(folder),
         "dtype": _dtype(dtype),
@@ -92,9 +105,10 @@ def engine_arguments(
         "scheduling_policy": "priority",  # which is the turn of each request
         "max_model_len": read_config(folder).max_position_embeddings,
         "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),
-        "speculative_config": dict(NGRAM) if speculate else None,
+        "speculative_config": {"method": method, **NGRAM} if speculate else None,
         "tensor_parallel_size": tensor_parallel,
         "disable_log_stats": True,
+        **({"gpu_memory_utilization": gpu_memory_utilization} if gpu_memory_utilization else {}),
         **({} if torch.cuda.is_available() else CPU),
     }
 
@@ -111,12 +125,13 @@ class VllmEngine:
         adapters: AdapterFolders | None = None,
         speculate: bool = False,
         tensor_parallel: int = 1,
+        gpu_memory_utilization: float | None = None,
         on_fatal: Callable[[], object] | None = None,
     ) -> None:
         """Load the model. ModelError if vLLM cannot run this folder."""
         folder = native_folder(folder)
         self._config = read_config(folder)
-        _check_split(self._config, tensor_parallel)
+        _check_split(self._config, read_json(folder / "config.json").get("quantization_config"), tensor_parallel)
         self._tokenizer = load_tokenizer(folder)
         self._guides = GuideCompiler(self._tokenizer)
         self._stats = _Stats()
@@ -131,7 +146,12 @@ class VllmEngine:
         self.context_length: int = self._config.max_position_embeddings
         self.max_batch = max_batch
         arguments = engine_arguments(
-            folder, dtype=dtype, max_batch=max_batch, speculate=speculate, tensor_parallel=tensor_parallel
+            folder,
+            dtype=dtype,
+            max_batch=max_batch,
+            speculate=speculate,
+            tensor_parallel=tensor_parallel,
+            gpu_memory_utilization=gpu_memory_utilization,
         )
         arguments |= self._lora_arguments()
         try:
@@ -248,8 +268,10 @@ class VllmEngine:
         if not self.adapters:
             return {}
         ranks = [_rank(read_json(self.adapters.find(name) / "adapter_config.json")) for name in self.adapters.names()]
-        self._max_rank = next((rank for rank in LORA_RANKS if rank >= max([64, *ranks])), LORA_RANKS[-1])
-        return {"enable_lora": True, "max_lora_rank": self._max_rank, "max_loras": 4, "max_cpu_loras": 32}
+        largest = max([64 * self.adapters.may_grow, *ranks], default=0)
+        self._max_rank = next((rank for rank in LORA_RANKS if rank >= largest), LORA_RANKS[-1])
+        at_once = 2 * LEAST_LORAS if self.adapters.may_grow else min(max(LEAST_LORAS, len(ranks)), MOST_LORAS)
+        return {"enable_lora": True, "max_lora_rank": self._max_rank, "max_loras": at_once, "max_cpu_loras": 32}
 
     async def _prepared(self, sampling: Sampling) -> "_Adapter | None":
         """The adapter, loaded, if the sampling names one; its guide is known to be one that can be followed."""
@@ -320,7 +342,8 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where t
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
         if scheduler_stats is None:
             return
-        self._running, self._waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+        self._running = scheduler_stats.num_running_reqs
+        self._waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         self._cache_use = scheduler_stats.kv_cache_usage
         self._hits += scheduler_stats.prefix_cache_stats.hits
         self._queries += scheduler_stats.prefix_cache_stats.queries
@@ -332,17 +355,29 @@ class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where t
         return Load(self._running, self._waiting, waiting_tokens, self._cache_use, self._hits, self._queries)
 
 
-def _check_split(config: GlmConfig, ways: int) -> None:
-    """ModelError if the heads cannot be shared out so many ways."""
+def _check_split(config: GlmConfig, quantization: dict[str, Any] | None, ways: int) -> None:
+    """ModelError if the heads, or quantised weights, cannot be shared out so many ways."""
     heads = config.num_attention_heads
     if heads % ways:
         raise ModelError(f"tensor_parallel {ways}: the model's {heads} heads cannot be shared out so many ways")
+    if ways == 1 or not quantization:
+        return
+    groups = [scheme["weights"].get("group_size") for scheme in quantization.get("config_groups", {}).values()]
+    if quantization["quant_method"] == "bitsandbytes" or any(
+        size and config.intermediate_size % (ways * size) for size in groups
+    ):
+        raise ModelError(
+            f"tensor_parallel {ways}: this format's weights cannot be shared out so many ways; merge with --format "
+            f"bf16 or fp8, or leave tensor_parallel out"
+        )
 
 
 def _dtype(dtype: DtypeName) -> str:
     if dtype != "auto":
         return dtype
-    return "bfloat16" if torch.cuda.is_available() else "float32"
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if current_platform.has_device_capability(80) else "float16"  # Turing has no bfloat16
 
 
 def _params(sampling: Sampling, stop_ids: tuple[int, ...]) -> SamplingParams:

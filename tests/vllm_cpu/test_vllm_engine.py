@@ -1,7 +1,9 @@
 """The vLLM engine beside the embedded one, on CPU: `make test-vllm` runs these in an environment of its own."""
 
 import asyncio
+import json
 import os
+import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
@@ -154,6 +156,23 @@ def test_two_processes_share_each_layer_and_change_no_token(
 def test_heads_that_cannot_be_shared_out_are_refused(folder: Path):
     with pytest.raises(ModelError, match="heads cannot be shared out"):
         load_engine("vllm", folder, tensor_parallel=3)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"group_size": 128}}}},
+    ],
+)
+def test_weights_that_cannot_be_shared_out_are_refused_before_they_are_loaded(
+    folder: Path, tmp_path: Path, quantization: dict[str, Any]
+):
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    with pytest.raises(ModelError, match="weights cannot be shared out so many ways; merge with --format bf16"):
+        load_engine("vllm", copy, tensor_parallel=2)
 
 
 def test_speculation_changes_no_token(run: Run, vllm: Engine, folder: Path, prompts: list[list[int]]):
