@@ -22,7 +22,7 @@ class AppArgs(FrontArgs):
     engine: EngineName = "auto"
     """What runs the model."""
     dtype: DtypeName = "auto"
-    """Computing type; auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU."""
+    """Computing type; auto is bfloat16 on a GPU (with vLLM float16 on one without it), float32 on a CPU."""
     max_batch: int = Field(32, ge=1)
     """Most requests that a replica answers at a time; the deployment's max_ongoing_requests may be higher."""
     speculate: bool = False

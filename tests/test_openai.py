@@ -20,7 +20,9 @@ from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.reply import SEPARATOR
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app.chat import ChatChoice
+from serve_app.requests import samplings
 from serve_app.routes import make_api
+from serve_app.schema import GenerationRequest
 from tests.clockwork import Clockwork
 from tests.http_server import served
 
@@ -76,9 +78,11 @@ def ask(client: openai.OpenAI, **fields: Any) -> Any:
 
 
 def test_seeds_go_round_at_the_end_of_their_64_bits(client):
-    fields = {"temperature": 1.5, "max_tokens": 12}
-    texts = [choice.message.content for choice in ask(client, n=2, seed=2**63 - 1, **fields).choices]
-    assert texts == [ask(client, seed=seed, **fields).choices[0].message.content for seed in (2**63 - 1, -(2**63))]
+    body = GenerationRequest(model="tiny", n=3, seed=2**63 - 1)
+    asked = samplings(body, max_tokens=8, logprobs=None, guide=None, adapter="")
+    assert [sampling.seed for sampling in asked] == [2**63 - 1, -(2**63), -(2**63) + 1]
+    answers = ask(client, n=3, seed=2**63 - 1, temperature=1.5, max_tokens=12).choices
+    assert len({answer.message.content for answer in answers}) == 3
 
 
 def test_choice_i_of_a_seeded_request_is_what_seed_plus_i_gives(client):

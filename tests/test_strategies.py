@@ -113,14 +113,15 @@ def test_zero3_shares_out_an_nf4_base_and_gives_the_curve_of_ddp(rows: str, tmp_
 
 
 def sharded_and_saved(rank: int, plan: TrainingPlan, folder: str) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed asks for when it is imported
     import deepspeed
 
     initialize = deepspeed.initialize
 
     def of_a_large_model(config: dict[str, Any], **rest: Any) -> Any:
         """With no room for what a later layer needs, so that layers are let go, and fetched ahead."""
-        limits = ("max_reuse_distance", "param_persistence_threshold")
-        config["zero_optimization"] |= {f"stage3_{name}": 0 for name in limits} | {"stage3_prefetch_bucket_size": 3000}
+        limits = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 3000}
+        config["zero_optimization"] |= limits
         return initialize(config=config, **rest)
 
     deepspeed.initialize = of_a_large_model

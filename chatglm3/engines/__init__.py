@@ -225,7 +225,8 @@ def load_engine(
 ) -> Engine:
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
 
-    `dtype` "auto" is bfloat16 on a GPU and float32 on a CPU. At most `max_batch` requests run at a time, others wait.
+    `dtype` "auto" is bfloat16 on a GPU (with vLLM float16 on one without it) and float32 on a CPU. At most `max_batch`
+    requests run at a time, others wait.
     `adapters` are those that requests can name. `speculate` guesses tokens by what followed the last ones before, and
     `tensor_parallel` GPUs share each layer, `gpu_memory_utilization` is the share of a GPU to take (vLLM only, all
     three). `on_fatal` is called when the engine has died. Raises ModelError for an unknown name or an unusable folder.

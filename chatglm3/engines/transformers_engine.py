@@ -189,7 +189,9 @@ class TransformersEngine:
 
     async def _stream(self, ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         matcher, adapter = await self._prepared(sampling)
-        text, random = TextStream(self._tokenizer, sampling.stop), Random(sampling.seed)
+        # Of a negative number Python takes the absolute value, which is another choice's seed.
+        random = Random(None if sampling.seed is None else sampling.seed % 2**64)
+        text = TextStream(self._tokenizer, sampling.stop)
         request = _Request(ids, sampling, text, random, matcher, adapter, asyncio.get_running_loop())
         request.go_on_after(sampling.drawn)
         self._arrivals.put(request)

@@ -268,7 +268,7 @@ class VllmEngine:
         if not self.adapters:
             return {}
         ranks = [_rank(read_json(self.adapters.find(name) / "adapter_config.json")) for name in self.adapters.names()]
-        largest = max([64 * self.adapters.may_grow, *ranks], default=0)
+        largest = max([64 * self.adapters.may_grow, *ranks])
         self._max_rank = next((rank for rank in LORA_RANKS if rank >= largest), LORA_RANKS[-1])
         at_once = 2 * LEAST_LORAS if self.adapters.may_grow else min(max(LEAST_LORAS, len(ranks)), MOST_LORAS)
         return {"enable_lora": True, "max_lora_rank": self._max_rank, "max_loras": at_once, "max_cpu_loras": 32}

@@ -19,9 +19,9 @@ def open_connections(device: torch.device) -> None:
     """Exchange something as large as gradients, before anything else is in a GPU's memory.
 
     NCCL takes its buffers at the first exchange, and PyTorch, which may hold nearly all of a GPU by the end of the
-    first backward pass, would give none back to it.
+    first backward pass, would give none back to it. DeepSpeed opens connections of its own before the first step.
     """
-    if _several():
+    if _several() and device.type == "cuda":
         summed(torch.zeros(OPENING, device=device))
 
 

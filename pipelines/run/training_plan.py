@@ -19,7 +19,7 @@ class TrainingPlan(Config):
     lora: LoraSettings
     recompute: bool
     compiled: bool = True
-    """Whether a GPU's decoder layers are compiled, which takes half a minute and a C compiler."""
+    """Whether a GPU's decoder layers are compiled (not zero3's, not fp32's): half a minute, and a C compiler."""
     strategy: Strategy = "ddp"
     block_tokens: int
     learning_rate: float
