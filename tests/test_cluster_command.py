@@ -322,6 +322,7 @@ def test_doctor_finds_nothing_on_a_cluster_that_is_ready(kubectl, capsys):
     [
         ("version", {"serverVersion": {"major": "1", "minor": "29", "gitVersion": "v1.29.0"}}, "checked against 1.31"),
         ("get deployments", {"items": []}, "operator: KubeRay is not installed: helm upgrade --install"),
+        ("get nodes", {"error": "nodes is forbidden"}, "GPUs: cannot be looked at: kubectl get: nodes is forbidden"),
         ("get customresourcedefinitions", {"items": []}, "rayjobs.ray.io, rayservices.ray.io not installed"),
         (
             "get customresourcedefinitions",
