@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,9 @@ def require(workers: int, cpus_each: float, gpus_each: float) -> None:
                 f"{workers} workers need {workers * each:g} {name}, the Ray cluster has {have.get(name, 0):g}; "
                 f"lower --workers or add nodes{', or give --use_gpu false' if name == 'GPU' else ''}"
             )
+    free = ray.available_resources().get("GPU", 0)
+    if workers * gpus_each > free:
+        print(f"waiting: {workers * gpus_each:g} GPU needed, others hold all but {free:g}", file=sys.stderr)
 
 
 def _autoscales() -> bool:

@@ -1,9 +1,11 @@
 """A merged model beside base and live adapter: what is measured, which form is kept, and what is refused."""
 
 import asyncio
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from pipelines.weights.agreement import Agreement, Example
 from pipelines.weights.folding import MergedWeights, folded
 from pipelines.weights.merge_measures import best_of
 from pipelines.weights.weight_formats import through_nf4
-from pipelines.weights.yardstick import Measured, live_model
+from pipelines.weights.yardstick import Measured, live_model, load_on_device
 from tests.merge_inputs import kl, trained_tiny, tuned_adapter
 
 SETTINGS: dict[str, Any] = {"score_rows": 8, "score_tokens": 48}
@@ -69,6 +71,16 @@ def test_a_merge_is_measured_beside_the_model_as_it_was_trained(tuned: str, rows
     assert f"| calibration | w4a16 by GPTQ: {errors} |" in card
     nearest = merge(config.model_copy(update={"calibrate": False, "out": str(tmp_path / "near")}))
     assert counts["kl"] < storage.open_folder(nearest).receipt.counts["kl"], "GPTQ is nearer than the nearest values"
+
+
+def test_a_quantised_model_is_gone_before_the_next_one_is_loaded(tiny: Path):
+    gc.disable()  # as if it had no reason to run
+    try:
+        weight = weakref.ref(live_model(tiny, {}, in_nf4=True).model.layers[0].mlp.down_proj.weight)
+        load_on_device(tiny)
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_answers_may_be_as_long_as_those_that_evaluate_scores():

@@ -127,6 +127,17 @@ def test_a_row_longer_than_a_block_and_too_many_workers_are_refused_by_name(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_wait_for_gpus_that_others_hold_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    session.require(1, 1, 1)
+    assert capsys.readouterr().err == ""
+    session.require(2, 1, 1)
+    assert capsys.readouterr().err == "waiting: 2 GPU needed, others hold all but 1\n"
+
+
 def test_gpus_are_asked_for_as_told_and_one_that_is_not_there_is_refused(
     rows: str, tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -1,6 +1,7 @@
 """What a merged model is measured against: the model that was trained, with its adapters live."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class Yardstick:
 def live_model(base: Path, adapters: Mapping[str, float], in_nf4: bool) -> GlmForCausalLM:
     """The base, in NF4 if that is asked for, and PEFT's layers for the adapters and their factors: none is folded."""
     model = load_model(
-        base, dtype=torch.bfloat16, quantization_config=NF4 if in_nf4 else None, device_map={"": device()}
+        base, dtype=torch.bfloat16, quantization_config=NF4 if in_nf4 else None, device_map=_emptied_device()
     )
     if not adapters:
         return model
@@ -125,16 +126,20 @@ def in_memory(weights: MergedWeights) -> GlmForCausalLM:
     """The model of the merged weights in bf16."""
     tensors = {name: weights[name] for name in weights.shapes}
     model: GlmForCausalLM = GlmForCausalLM.from_pretrained(
-        None, config=weights.config, state_dict=tensors, dtype=torch.bfloat16, device_map={"": device()}
+        None, config=weights.config, state_dict=tensors, dtype=torch.bfloat16, device_map=_emptied_device()
     )
     return model
 
 
 def load_on_device(folder: Path) -> GlmForCausalLM:
     """The model in a folder, on the GPU if there is one."""
-    return load_model(folder, device_map={"": device()})
+    return load_model(folder, device_map=_emptied_device())
 
 
-def device() -> str:
-    """Where models are measured."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+def _emptied_device() -> dict[str, str]:
+    """Where models are measured, once the one before is gone: a quantised layer is a cycle, left to the collector."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        return {"": "cpu"}
+    torch.cuda.empty_cache()
+    return {"": "cuda:0"}
