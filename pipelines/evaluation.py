@@ -27,6 +27,8 @@ from pipelines.scores.score_report import Evaluation, Result, draw_scores, print
 
 # To Ray, no GPU asked for means no GPU counted: the process would still see those of its node, and use the first.
 WITHOUT_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+BATCHES_OF_A_CHUNK = 4
+"""Of questions that an engine is handed together: more, and the progress bar moves seldom."""
 
 
 class EvaluateConfig(Config):
@@ -121,8 +123,11 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Ans
     """The model's answer to each row's instruction, in order, from an actor pool of `config.workers` engines."""
     gpus = session.gpus_per_worker(config.use_gpu)
     session.require(config.workers, 1, gpus)
-    questions = [{"row": index, "instruction": row["instruction"]} for index, row in enumerate(rows)]
-    answers = ray.data.from_items(questions).map_batches(
+    # An engine is given the next question as soon as one is answered: only a chunk's last ones leave it half idle.
+    size = min(BATCHES_OF_A_CHUNK * config.batch_size, -(-len(rows) // config.workers))
+    chunks = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+    questions = [{"row": chunk, "instruction": [rows[index]["instruction"] for index in chunk]} for chunk in chunks]
+    answers = ray.data.from_items(questions, override_num_blocks=len(questions)).map_batches(
         Answerer,
         fn_constructor_kwargs={
             "folder": model.location,
@@ -130,7 +135,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Ans
             "sampling": Sampling(max_tokens=config.max_tokens),
             "batch_size": config.batch_size,
         },
-        batch_size=config.batch_size,
+        batch_size=1,  # chunk
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         # Restarting for ever, Ray Data's default, would hide a model that kills its process.
         max_restarts=0,
@@ -146,20 +151,23 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Ans
 
 
 class Answerer:
-    """An engine in an actor of Ray Data: a batch of instructions in, the answers out."""
+    """An engine in an actor of Ray Data: a chunk of instructions in, a row for each answer out."""
 
     def __init__(self, folder: str, prompt_format: PromptFormat, sampling: Sampling, batch_size: int) -> None:
         self.tokenizer = load_tokenizer(folder)
         self.prompt_format = prompt_format
         self.sampling = sampling
+        self.batch_size = batch_size
         self.engine = load_engine("auto", folder, max_batch=batch_size)
         self.loop = asyncio.Runner()  # one for all batches: vLLM stays in the first that asks it
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        asked = ask_all(self.engine, self.tokenizer, batch["instruction"], self.prompt_format, self.sampling)
-        given = self.loop.run(asked)
+        [rows], [instructions] = batch["row"], batch["instruction"]
+        given = self.loop.run(
+            ask_all(self.engine, self.tokenizer, instructions, self.prompt_format, self.sampling, self.batch_size)
+        )
         columns = {name: [getattr(answer, name) for answer in given] for name in ("text", "tokens", "seconds")}
-        return {"row": batch["row"], **columns}
+        return {"row": rows, **columns}
 
 
 def _found(

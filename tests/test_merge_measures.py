@@ -93,7 +93,7 @@ def answers(folder: str, questions: list[Row]) -> list[str]:
     engine = load_engine("transformers", folder, dtype="bfloat16", max_batch=1)
     instructions = [row["instruction"] for row in questions]
     try:
-        asked = ask_all(engine, load_tokenizer(folder), instructions, "chat", Sampling(max_tokens=48))
+        asked = ask_all(engine, load_tokenizer(folder), instructions, "chat", Sampling(max_tokens=48), 16)
         return [answer.text for answer in asyncio.run(asked)]
     finally:
         engine.close()

@@ -1,4 +1,4 @@
-"""Questions put to an engine all at once, as evaluate and merge do."""
+"""Questions put to an engine, many at once, as evaluate and merge do."""
 
 import asyncio
 import time
@@ -17,17 +17,22 @@ async def ask_all(
     instructions: Iterable[str],
     prompt_format: PromptFormat,
     sampling: Sampling,
+    at_once: int,
 ) -> list[Answer]:
-    """The answers in order; an empty one to a question that does not fit into the model's context."""
+    """The answers in order, `at_once` being written at a time; an empty one to a question that does not fit into the
+    model's context.
+    """
+    turns = asyncio.Semaphore(at_once)
 
     async def answer(instruction: str) -> Answer:
         prompt = question_ids(tokenizer, [{"role": "user", "content": instruction}], prompt_format)
-        started = time.monotonic()
-        try:
-            completion = await complete(engine, prompt, sampling)
-        except RequestError:
-            return Answer("", 0, 0.0)
-        seconds = time.monotonic() - started
+        async with turns:
+            started = time.monotonic()
+            try:
+                completion = await complete(engine, prompt, sampling)
+            except RequestError:
+                return Answer("", 0, 0.0)
+            seconds = time.monotonic() - started
         text = parse_reply(completion.text).content if prompt_format == "chat" else completion.text
         return Answer(text, len(completion.token_ids), seconds)
 

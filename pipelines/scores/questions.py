@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,18 @@ class Answer:
 
 def read_questions(split: Path, most: int = 0) -> list[Row]:
     """The split's rows with a question, in file order; or `most` of them, drawn at random, always the same."""
-    rows: list[Row] = []
+    if not most:
+        return list(_questions(split))
+    count = sum(1 for _ in _questions(split))  # read twice: a few rows are wanted, of a split of any size
+    drawn = set(random.Random(0).sample(range(count), min(most, count)))
+    return [row for index, row in enumerate(_questions(split)) if index in drawn]
+
+
+def _questions(split: Path) -> Iterator[Row]:
     for path in sorted(split.glob("*.jsonl")):
         with path.open(encoding="utf-8") as file:
             # A conversation has no one question with a right answer; its loss is measured in training.
-            rows += (row for row in map(json.loads, file) if "instruction" in row)
-    if 0 < most < len(rows):
-        rows = [rows[index] for index in sorted(random.Random(0).sample(range(len(rows)), most))]
-    return rows
+            yield from (row for row in map(json.loads, file) if "instruction" in row)
 
 
 def gold_answer(row: Row) -> str:

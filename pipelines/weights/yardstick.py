@@ -87,7 +87,7 @@ class Yardstick:
         engine = TransformersEngine(model, self._tokenizer, max_batch=BATCH)
         instructions = [row["instruction"] for row in self.questions]
         try:
-            asked = ask_all(engine, self._tokenizer, instructions, self._prompt_format, self._sampling)
+            asked = ask_all(engine, self._tokenizer, instructions, self._prompt_format, self._sampling, BATCH)
             return [answer.text for answer in asyncio.run(asked)]
         finally:
             engine.close()

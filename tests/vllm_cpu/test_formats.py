@@ -41,10 +41,8 @@ def answers(name: EngineName, folder: str, data: str) -> list[str]:
     async def asked() -> list[str]:
         engine = load_engine(name, folder, dtype="bfloat16", max_batch=16)
         try:
-            sampling = Sampling(max_tokens=LONGEST)
-            return [
-                answer.text for answer in await ask_all(engine, load_tokenizer(folder), instructions, "chat", sampling)
-            ]
+            sampling, tokenizer = Sampling(max_tokens=LONGEST), load_tokenizer(folder)
+            return [answer.text for answer in await ask_all(engine, tokenizer, instructions, "chat", sampling, 16)]
         finally:
             engine.close()
 
