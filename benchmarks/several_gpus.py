@@ -9,8 +9,8 @@ Training is weak scaling through Ray Train: every worker computes one packed blo
 long for eight workers as for one, and what it takes longer is the exchange of gradients and waiting for the slowest.
 Tokens that are not padding count; the median of the timed steps. Serving is a closed loop of so many users for each
 replica, behind Ray Serve with HAProxy; prompts are random and answers 128 tokens, as in `vllm_over_http`; output tokens
-count. Efficiency is the rate of one over that of the
-first line of the same kind, per GPU. Without GPUs the same runs on CPU processes, which share the cores.
+count. Efficiency is the rate of one over that of the first line of the same kind, per GPU. Without GPUs the same runs
+on CPU processes, which share the cores.
 """
 
 import argparse
@@ -25,8 +25,7 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.vllm_over_http import Prompts, Seen, ask, behind_haproxy, config_of, random_prompts, vocabulary_of
-from chatglm3.endpoint import Endpoint
+from benchmarks.vllm_over_http import Seen, ask_all, behind_haproxy, config_of, random_prompts, vocabulary_of
 from chatglm3.folder import model_folder
 from cluster import session, storage
 from pipelines.run.packing import PackingConfig, pack_split
@@ -133,23 +132,11 @@ def serving_lines(chosen: argparse.Namespace) -> Iterator[Line]:
             for answers, into in ((1, Seen()), (ANSWERS_A_USER, seen)):  # the first of each user does not count
                 prompts = random_prompts(answers * users, vocabulary_of(model), chance)
                 began = time.perf_counter()
-                asyncio.run(_closed_loop(url, prompts, users, into))
+                asyncio.run(ask_all(url, prompts, users, into))
                 into.rounds_s.append(time.perf_counter() - began)
         last = quantiles(seen.answers_s, n=100)[98]
         times = f"{1000 * median(seen.waits_s):.0f} | {median(seen.answers_s):.2f} | {last:.2f}"
         yield Line(f"{chosen.tensor_parallel} GPU a replica", count * chosen.tensor_parallel, seen.rate, times)
-
-
-async def _closed_loop(url: str, prompts: Prompts, users: int, seen: Seen) -> None:
-    """So many users, each of whom asks again when he is answered."""
-    waiting = iter(prompts)
-    async with Endpoint(url) as endpoint:
-
-        async def user() -> None:
-            for ids in waiting:
-                await ask(endpoint, ids, seen)
-
-        await asyncio.gather(*(user() for _ in range(users)))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def over_http(place: str, model: Path, counts: Sequence[int], vocabulary: int) -
     with behind(config_of(model, max(counts), separate), 3 if separate else 1) as url:
 
         def ask(prompts: Prompts, seen: Seen) -> None:
-            asyncio.run(_ask_all(url, prompts, seen))
+            asyncio.run(ask_all(url, prompts, len(prompts), seen))
 
         return measure(ask, counts, vocabulary)
 
@@ -158,13 +158,19 @@ def config_of(model: Path, most: int, separate: bool) -> dict[str, Any]:
     return config
 
 
-async def _ask_all(url: str, prompts: Prompts, seen: Seen) -> None:
+async def ask_all(url: str, prompts: Prompts, users: int, seen: Seen) -> None:
+    """So many users, each of whom asks again when he is answered."""
+    waiting = iter(prompts)
     async with Endpoint(url) as endpoint:
-        await asyncio.gather(*(ask(endpoint, ids, seen) for ids in prompts))
+
+        async def user() -> None:
+            for ids in waiting:
+                await _ask(endpoint, ids, seen)
+
+        await asyncio.gather(*(user() for _ in range(users)))
 
 
-async def ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
-    """One request; what came of it goes to `seen`."""
+async def _ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
     body = {"model": NAME, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     body |= {"stream_options": {"include_usage": True}}
     sent, waited = time.perf_counter(), 0.0

@@ -96,9 +96,9 @@ def require(workers: int, cpus_each: float, gpus_each: float) -> None:
                 f"{workers} workers need {workers * each:g} {name}, the Ray cluster has {have.get(name, 0):g}; "
                 f"lower --workers or add nodes{', or give --use_gpu false' if name == 'GPU' else ''}"
             )
-    free = ray.available_resources().get("GPU", 0)
-    if workers * gpus_each > free:
-        print(f"waiting: {workers * gpus_each:g} GPU needed, others hold all but {free:g}", file=sys.stderr)
+    free, needed = ray.available_resources().get("GPU", 0), workers * gpus_each
+    if free < needed <= have.get("GPU", 0):  # not where an autoscaler is to bring them
+        print(f"waiting: {needed:g} GPU needed, others hold all but {free:g}", file=sys.stderr)
 
 
 def _autoscales() -> bool:

@@ -73,9 +73,12 @@ def sweep(config: SweepConfig) -> str:
     gpus = session.gpus_per_worker(config.train.use_gpu)
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     run = Path(f"{Path(config.out)}.run").resolve() / f"sweep-{digest[:16]}"
-    largest = {"rank": max(config.ranks), "targets": max((TARGETS[name] for name in config.targets), key=len)}
+    largest: dict[str, Any] = {
+        "rank": max(config.ranks),
+        "targets": max(config.targets, key=lambda name: len(TARGETS[name])),
+    }
     alone: dict[str, Any] = {"workers": 1, "min_workers": None, "strategy": "ddp", "score_rows": 0}
-    alone |= {"lora": config.train.lora.model_copy(update=largest)}  # which every trial must have memory for
+    alone["lora"] = config.train.lora.model_copy(update=_lora(largest))  # which every trial must have memory for
     plan = make_plan(config.train.model_copy(update=alone), base, data, run, gpus)
     if not BlockFile(plan.dev_blocks).target_counts.any():
         raise StageError(f"--train.data {config.train.data} has no dev rows to judge by; prepare with a --dev_share")

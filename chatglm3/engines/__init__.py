@@ -226,10 +226,10 @@ def load_engine(
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
 
     `dtype` "auto" is bfloat16 on a GPU (with vLLM float16 on one without it) and float32 on a CPU. At most `max_batch`
-    requests run at a time, others wait.
-    `adapters` are those that requests can name. `speculate` guesses tokens by what followed the last ones before, and
-    `tensor_parallel` GPUs share each layer, `gpu_memory_utilization` is the share of a GPU to take (vLLM only, all
-    three). `on_fatal` is called when the engine has died. Raises ModelError for an unknown name or an unusable folder.
+    requests run at a time, others wait. `adapters` are those that requests can name. `speculate` guesses tokens by what
+    followed the last ones before, `tensor_parallel` GPUs share each layer, `gpu_memory_utilization` is the share of a
+    GPU to take (vLLM only, all three). `on_fatal` is called when the engine has died. Raises ModelError for an unknown
+    name or an unusable folder.
     """
     if name not in get_args(EngineName):
         raise ModelError(f"engine {name!r} is not known; choose auto, transformers or vllm")
@@ -250,8 +250,12 @@ def load_engine(
             gpu_memory_utilization=gpu_memory_utilization,
             on_fatal=on_fatal,
         )
-    options = {"speculate": speculate, "tensor_parallel": tensor_parallel > 1}
-    for option, asked in (options | {"gpu_memory_utilization": gpu_memory_utilization}).items():
+    options = {
+        "speculate": speculate,
+        "tensor_parallel": tensor_parallel > 1,
+        "gpu_memory_utilization": gpu_memory_utilization is not None,
+    }
+    for option, asked in options.items():
         if asked:
             raise ModelError(f"{option} needs vLLM: give engine=vllm, or leave {option} out")
     from chatglm3.engines import transformers_engine

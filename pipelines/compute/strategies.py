@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.compute.batches import PackedBatch
 from pipelines.compute.exchange import sum_gradients
-from pipelines.compute.step import answer_loss, run_batches
+from pipelines.compute.step import BaseFormat, answer_loss, run_batches
 
 Strategy = Literal["ddp", "zero2", "zero3"]
 
@@ -35,6 +35,11 @@ class Workers(Protocol):
 
     def whole(self) -> AbstractContextManager[object]:
         """A context in which the adapters are whole on this worker."""
+
+
+def can_be_compiled(strategy: Strategy, base_format: BaseFormat) -> bool:
+    """Not with zero3's hooks between a layer's parts; and fp32's attention would be anew for every block."""
+    return strategy != "zero3" and base_format != "fp32"
 
 
 def adamw(parameters: list[nn.Parameter], rate: float, decay: float) -> torch.optim.AdamW:

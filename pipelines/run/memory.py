@@ -10,6 +10,7 @@ from transformers import GlmConfig
 from cluster.config import Config
 from cluster.errors import StageError
 from pipelines.compute.step import BaseFormat
+from pipelines.compute.strategies import can_be_compiled
 from pipelines.run.training_config import TrainConfig
 
 CHOICE = "memory.json"
@@ -89,8 +90,8 @@ def needed_gb(model: GlmConfig, config: TrainConfig, tokens: int, recompute: boo
     Beside 19 peaks that one H100 showed for ChatGLM3-6B: -2 to +4 % without recompute, -6 to +10 % with it.
     """
     bytes_each = 4 if config.base_format == "fp32" else 2
-    eager = config.strategy == "zero3" or config.base_format == "fp32"  # layers that are not compiled: see Training
-    kept = (_kept_eagerly if eager else _kept_compiled)(model, config, bytes_each)
+    is_compiled = can_be_compiled(config.strategy, config.base_format)
+    kept = (_kept_compiled if is_compiled else _kept_eagerly)(model, config, bytes_each)
     layers = model.num_hidden_layers
     # Recomputing keeps each layer's input, and all of the layer that is at work.
     numbers = layers * bytes_each * model.hidden_size + kept if recompute else layers * kept

@@ -16,7 +16,7 @@ from pipelines.compute.block_files import BlockFile
 from pipelines.compute.blocks import BlockOrder, Work, share
 from pipelines.compute.exchange import open_connections, summed
 from pipelines.compute.step import compile_layers, recompute_layers, trainable_model
-from pipelines.compute.strategies import Replicated, Workers, adamw
+from pipelines.compute.strategies import Replicated, Workers, adamw, can_be_compiled
 from pipelines.run.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.run.spot_checks import METRICS, SpotCheck
 from pipelines.run.training_config import LoraSettings
@@ -52,8 +52,7 @@ class Training:
         if plan.recompute:
             recompute_layers(self.model)
         on_gpu = device.type == "cuda"
-        # zero3's hooks between layers' parts cannot be compiled; fp32's attention would be, anew for every block.
-        if on_gpu and plan.compiled and plan.strategy != "zero3" and plan.base_format != "fp32":
+        if on_gpu and plan.compiled and can_be_compiled(plan.strategy, plan.base_format):
             compile_layers(self.model)
         self.padding = Padding(plan.block_tokens) if on_gpu else None
         self.workers = _workers(plan, self.model, state["optimizer"])
