@@ -247,5 +247,7 @@ def _secret_names(value: Any, namespace: str = "") -> Iterator[tuple[str, str]]:
                 yield inner["name"], namespace
             elif key == "secretName":
                 yield inner, namespace
+            elif key == "imagePullSecrets":
+                yield from ((secret["name"], namespace) for secret in inner)
             else:
                 yield from _secret_names(inner, namespace)

@@ -1,6 +1,7 @@
 """The manifests build and are valid, in every combination, on the oldest and the newest Kubernetes they are for."""
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ import pytest
 import yaml
 
 from cluster.doctor import NEWEST, OLDEST
-from tests.kubernetes import JOBS, MANIFESTS, OVERLAYS, mixed, objects, overlay
+from tests.kubernetes import JOBS, MANIFESTS, OVERLAYS, STAGES, mixed, objects, overlay
 
 VERSIONS = [".".join(map(str, version)) for version in (OLDEST, NEWEST)]
-SECRETS = ("Secret/valkey", "Secret/api-keys", "Secret/s3")
+SECRETS = ("Secret/valkey", "Secret/api-keys", "Secret/s3", "Secret/registry")
 OF_STAGE = {
     "platform": ("weights", "network-policy", "monitoring", "kueue-queues"),
     "prepare": ("token-auth", "kueue"),
@@ -102,7 +103,32 @@ def test_the_validator_would_see_a_mistake(findings):
     assert findings(overlay("cpu-demo", "platform"), text.replace("num-cpus", "num_cpus"))
 
 
+@pytest.mark.parametrize(
+    ("stage", "before"), [(stage, "cron" if stage == "evaluate" else OF_STAGE[stage][0]) for stage in STAGES]
+)
+def test_every_pod_with_our_image_has_the_secret_of_a_private_registry(findings, stage, before, tmp_path):
+    text = mixed(tmp_path / "mixed", stage, [before, "private-registry"])
+    platform = [text] if stage == "platform" else [mixed(tmp_path / "platform", "platform", []), text]
+    assert findings(*platform) == []
+    pods = [spec for item in objects(text) for spec in pods_of(item) if "chatglm3-ray" in json.dumps(spec)]
+    assert pods
+    assert all(spec["imagePullSecrets"] == [{"name": "registry"}] for spec in pods)
+
+
+def pods_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Every pod's spec in an object."""
+    if isinstance(value, dict):
+        if "containers" in value:
+            yield value
+        for inner in value.values():
+            yield from pods_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pods_of(inner)
+
+
 def test_every_component_is_used_by_a_combination():
-    inner = {"gpu", "finish-job", "finish-service"}  # parts of others, and what every stage ends with
+    # Parts of others, what every stage ends with, and what is tried with every stage.
+    inner = {"gpu", "finish-job", "finish-service", "private-registry"}
     there = {path.name for path in (MANIFESTS / "components").iterdir()}
     assert there - inner == {name for names in OF_STAGE.values() for name in names}
