@@ -1,5 +1,6 @@
 """Jobs on the cluster followed to their end, and everything that is there at a glance."""
 
+import math
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class StatusConfig(Config):
 def wait(config: WaitConfig) -> None:
     """Follow a RayJob until it has succeeded; raises StageError where it has not."""
     started, told, logs, followed = time.monotonic(), "", None, ""
+    seen = started
     while True:
         job = _find_patiently(config) if told else kubectl.find("rayjob", config.job, "--namespace", config.namespace)
         if job is None:
@@ -50,9 +52,13 @@ def wait(config: WaitConfig) -> None:
         state = job.get("status", {})
         if (line := describe_job(job)) != told:
             print(told := line, flush=True)
-        # Each retry has a new id, and a new pod that submits it.
-        if state.get("jobDeploymentStatus") == "Running" and state.get("jobId", "") != followed:
-            logs, followed = _follow(config), state.get("jobId", "")
+        if state.get("jobDeploymentStatus") == "Running":
+            # Each retry has a new id, and a new pod that submits it.
+            if state.get("jobId", "") != followed:
+                logs, followed = _follow(config), state.get("jobId", "")
+            elif logs and logs.poll():  # the connection broke: better that a line comes twice than not at all
+                logs = _follow(config, f"--since={math.ceil(time.monotonic() - seen) + 1}s")
+            seen = time.monotonic()
         if state.get("jobDeploymentStatus") in ENDED:
             break
         if config.timeout_s and time.monotonic() - started > config.timeout_s:
@@ -109,13 +115,18 @@ def describe_service(service: Object) -> list[str]:
         for name, application in (part.get("applicationStatuses") or {}).items():
             message = " ".join(str(application.get("message", "")).split())
             lines.append(f"  {name}: {application.get('status')}{f', {message[-300:]}' if message else ''}")
+            if application.get("status") == "DEPLOY_FAILED":
+                about = service["metadata"]
+                delete = f"kubectl delete rayservice {about['name']} -n {about.get('namespace', NAMESPACE)}"
+                again = f"mended, start anew: {delete}; python -m cluster apply serve"
+                lines.append(f"  {name}: Ray Serve does not try again by itself; {again}")
     return lines
 
 
-def _follow(config: WaitConfig) -> subprocess.Popen[bytes]:
+def _follow(config: WaitConfig, *since: str) -> subprocess.Popen[bytes]:
     """The output of the pod that submits the job, which is the job's own, on our stdout."""
     job = f"job/{config.job}"
-    return subprocess.Popen(["kubectl", "logs", "--follow", "--namespace", config.namespace, job])
+    return subprocess.Popen(["kubectl", "logs", "--follow", "--namespace", config.namespace, job, *since])
 
 
 def _end(logs: subprocess.Popen[bytes] | None, patience_s: float) -> None:

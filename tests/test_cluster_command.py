@@ -169,6 +169,15 @@ def test_wait_shows_the_output_of_each_retry(kubectl):
     assert len(kubectl.asked("logs")) == 2
 
 
+def test_wait_follows_the_output_again_when_its_connection_broke(kubectl, capfd):
+    kubectl.answer("get rayjob train", *[job("Running", "RUNNING")] * 40, job("Complete", "SUCCEEDED"))
+    kubectl.answer("logs", {"error": "unexpected EOF"}, "step 2 loss 2.1")
+    assert cluster("wait", "train", *QUICK) == 0
+    assert "step 2 loss 2.1" in capfd.readouterr().out
+    first, second = kubectl.asked("logs")
+    assert second.startswith(f"{first} --since=") and second.endswith("s")
+
+
 def test_wait_gives_up_after_its_time_and_names_a_job_that_is_not_there(kubectl, capsys):
     kubectl.answer("get rayjob train", job("Suspended"))
     assert cluster("wait", "train", "--timeout_s", "0.05", *QUICK) == 1
@@ -181,7 +190,8 @@ def test_wait_gives_up_after_its_time_and_names_a_job_that_is_not_there(kubectl,
 def test_status_says_what_runs_and_what_waits(kubectl, capsys):
     waiting = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available: 3 Insufficient gpu."}
     kubectl.answer("get rayjobs", {"items": [job("Failed", "FAILED", failed=2)]})
-    upgrade = {"rayClusterName": "chat-new", "applicationStatuses": {"chat": {"status": "DEPLOYING"}}}
+    failed = {"chat": {"status": "DEPLOY_FAILED", "message": "no model"}}
+    upgrade = {"rayClusterName": "chat-new", "applicationStatuses": failed}
     kubectl.answer("get rayservices", {"items": [service("/store/models/v1", pendingServiceStatus=upgrade)]})
     kubectl.answer("get pods", {"items": [{"metadata": {"name": "w1"}, "status": {"conditions": [waiting]}}]})
     assert cluster("status") == 0
@@ -189,7 +199,9 @@ def test_status_says_what_runs_and_what_waits(kubectl, capsys):
         "train: Failed, FAILED, 2 tries failed",
         "chat: ready, /store/models/v1 on chat-abc, chat-new is to take over",
         "  chat: RUNNING",
-        "  chat: DEPLOYING",
+        "  chat: DEPLOY_FAILED, no model",
+        "  chat: Ray Serve does not try again by itself; mended, start anew: kubectl delete rayservice chat "
+        "-n chatglm3; python -m cluster apply serve",
         "pod w1 waits: 0/3 nodes are available: 3 Insufficient gpu.",
     ]
 
