@@ -174,6 +174,16 @@ def test_onto_nf4_adds_to_what_nf4_leaves_of_the_base(base: Path, adapter: Path,
     assert torch.equal(merged[embeddings], load_model(base).state_dict()[embeddings].bfloat16())
 
 
+def test_onto_nf4_leaves_no_matrix_in_16_bits_that_training_had_in_4(base: Path, tmp_path: Path):
+    partial = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"]))
+    partial.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # B is 0: the base is all there is
+    merged = MergedWeights(base, {str(tmp_path / "adapter"): 1.0}, "nf4")
+    rough = load_model(base, dtype=torch.bfloat16, quantization_config=NF4)
+    for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        kept = rough.get_submodule(f"model.layers.0.{module}").weight
+        assert torch.equal(merged[f"model.layers.0.{module}.weight"], bnb.dequantize_4bit(kept.data, kept.quant_state))
+
+
 @pytest.mark.parametrize("weight_format", ["bf16", "nf4", "int8", "fp8", "w4a16"])
 def test_every_format_loads_in_plain_transformers_as_the_same_model(weight_format: Any, tmp_path: Path):
     out = merge(MergeConfig(base="tiny", format=weight_format, out=str(tmp_path / "model")))

@@ -13,7 +13,7 @@ from chatglm3.adapters import lora_scale, native_adapter
 from chatglm3.checkpoint import open_tensors, read_config
 from chatglm3.official import native_shapes
 from cluster.errors import StageError
-from pipelines.weights.weight_formats import through_nf4
+from pipelines.weights.weight_formats import is_quantised, through_nf4
 
 Onto = Literal["16bit", "nf4"]
 _PREFIX = "base_model.model."
@@ -34,7 +34,8 @@ class Update:
 class MergedWeights:
     """The tensors of a base model with its adapters' updates in them, each made when it is asked for.
 
-    `onto` says what the updates are added to: the weights themselves, or what NF4 leaves of them.
+    `onto` says what the updates are added to: the weights themselves, or what NF4 leaves of them, which is then what
+    matrices without an update are too.
     """
 
     def __init__(self, base: Path, adapters: Mapping[str, float], onto: Onto) -> None:
@@ -50,8 +51,10 @@ class MergedWeights:
     def __getitem__(self, name: str) -> Tensor:
         """The tensor in bf16: added in fp32 and rounded once, where PEFT's own merge rounds twice."""
         weight = self._tensors[name]
+        if self.onto == "nf4" and is_quantised(name):
+            weight = through_nf4(weight.bfloat16())
         if updates := self._updates.get(name):
-            weight = folded(through_nf4(weight.bfloat16()) if self.onto == "nf4" else weight, updates)
+            weight = folded(weight, updates)
         return weight.bfloat16().contiguous()
 
 
