@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from chatglm3 import load_tokenizer
 from chatglm3.chat import PromptFormat
 from chatglm3.engines import Sampling, load_engine
+from chatglm3.engines.choice import choose_engine
 from cluster import session, storage
 from cluster.config import Config
 from cluster.errors import StageError, last_line
@@ -144,7 +145,7 @@ def ask(model: ModelFolder, rows: list[Row], config: EvaluateConfig) -> list[Ans
     )
     try:
         arriving = track(answers.iter_rows(), f"asking {model.name}", len(rows))
-        found = {each["row"]: Answer(each["text"], int(each["tokens"]), float(each["seconds"])) for each in arriving}
+        found = {each["row"]: _answer(each) for each in arriving}
     except RayError as error:  # its last line is the error that the engine or the loading of the model raised
         raise StageError(f"asking {model.name} failed: {last_line(error)}") from error
     return [found[index] for index in range(len(rows))]
@@ -158,7 +159,8 @@ class Answerer:
         self.prompt_format = prompt_format
         self.sampling = sampling
         self.batch_size = batch_size
-        self.engine = load_engine("auto", folder, max_batch=batch_size)
+        self.engine_name, _ = choose_engine(folder)
+        self.engine = load_engine(self.engine_name, folder, max_batch=batch_size, needs_gpu=bool(ray.get_gpu_ids()))
         self.loop = asyncio.Runner()  # one for all batches: vLLM stays in the first that asks it
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +169,11 @@ class Answerer:
             ask_all(self.engine, self.tokenizer, instructions, self.prompt_format, self.sampling, self.batch_size)
         )
         columns = {name: [getattr(answer, name) for answer in given] for name in ("text", "tokens", "seconds")}
-        return {"row": rows, **columns}
+        return {"row": rows, "engine": [self.engine_name] * len(rows), **columns}
+
+
+def _answer(found: dict[str, Any]) -> Answer:
+    return Answer(found["text"], int(found["tokens"]), float(found["seconds"]), found["engine"])
 
 
 def _found(

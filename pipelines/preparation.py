@@ -83,7 +83,8 @@ class PrepareConfig(Config):
     triples: int = Field(0, ge=0)
     """Write OUT/triples too, for training a retriever: question, document, and so many hard negatives at most."""
     dev_share: float = Field(0.1, ge=0, lt=1)
-    """Share of document groups set aside, with all their questions, for evaluation."""
+    """Share of document groups set aside, with all their questions, for evaluation; none with more than twice this
+    share of the rows."""
     max_bad_share: float = Field(0.05, ge=0, le=1)
     """Largest share of bad rows, or of bytes in unreadable files, that is quarantined; above it the stage fails."""
     strict: bool = False
@@ -275,8 +276,14 @@ def _announce(config: PrepareConfig, counts: Mapping[str, float]) -> None:
     rows = f"{counts['train']} training and {counts['dev']} dev rows"
     copies = f"{counts['exact_copies']} exact and {counts['near_copies']} near copies"
     print(f"prepare: {rows}, {counts['bad']} bad, {copies} dropped -> {config.out}/report.html")
-    if config.dev_share and not counts["dev"]:
+    found = counts["dev"] / (counts["train"] + counts["dev"])
+    if config.dev_share and not found:
         print("prepare: no document fell on the dev side; raise --dev_share if you want to evaluate")
+    elif not config.dev_share / 2 <= found <= config.dev_share * 2:
+        print(
+            f"prepare: {found:.0%} of the rows are on the dev side, --dev_share is {config.dev_share:.0%}: documents "
+            f"go there in groups of nearly equal ones, with all their questions; another --seed draws others"
+        )
 
 
 def _dataset_digest(folder: Path) -> str:

@@ -24,6 +24,7 @@ from pipelines.compute.block_files import BlockFile
 from pipelines.model_folders import open_model
 from pipelines.one_or_more import ONE_OR_MORE
 from pipelines.report_page import as_svg, drawing, grid, write_page
+from pipelines.run.memory import CHOICE
 from pipelines.run.planning import make_plan
 from pipelines.run.training_config import TrainConfig
 from pipelines.run.training_plan import TrainingPlan
@@ -73,6 +74,7 @@ def sweep(config: SweepConfig) -> str:
     gpus = session.gpus_per_worker(config.train.use_gpu)
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     run = Path(f"{Path(config.out)}.run").resolve() / f"sweep-{digest[:16]}"
+    (run / CHOICE).unlink(missing_ok=True)  # nothing is resumed, and GPUs or rows may be others than the last time
     largest: dict[str, Any] = {
         "rank": max(config.ranks),
         "targets": max(config.targets, key=lambda name: len(TARGETS[name])),
@@ -85,7 +87,7 @@ def sweep(config: SweepConfig) -> str:
     receipt = storage.receipt_of("sweep", config, inputs={config.train.data: data.digest})
     results = sorted(_run_trials(config, plan, run, gpus), key=lambda trial: trial["dev_loss"])
     with storage.publish(config.out, receipt) as folder:
-        _write(folder, config, results)
+        _write(folder, config, plan.block_tokens, results)
         receipt.counts.update(trials=len(results), dev_loss=results[0]["dev_loss"])
     best = results[0]
     found = f"rank {best['rank']}, learning rate {best['learning_rate']:g}, {best['targets']}"
@@ -154,11 +156,12 @@ def _lora(settings: dict[str, Any]) -> dict[str, Any]:
     return {"rank": settings["rank"], "alpha": 2 * settings["rank"], "targets": TARGETS[settings["targets"]]}
 
 
-def _write(folder: Path, config: SweepConfig, results: list[dict[str, Any]]) -> None:
+def _write(folder: Path, config: SweepConfig, block_tokens: int, results: list[dict[str, Any]]) -> None:
     """run.yaml of the best, trials.csv, report.html."""
     best, names = results[0], ["rank", "learning_rate", "targets", "dev_loss"]
     chosen = config.train.model_dump(exclude_unset=True, exclude={"out"})
     chosen |= {"learning_rate": best["learning_rate"], "lora": chosen.get("lora", {}) | _lora(best)}
+    chosen["block_tokens"] = block_tokens  # which say how many examples a step takes
     (folder / "run.yaml").write_text(yaml.safe_dump({"train": chosen}, sort_keys=False), encoding="utf-8")
     rows = [[f"{trial[name]:.6g}" if name == "dev_loss" else trial[name] for name in names] for trial in results]
     with (folder / "trials.csv").open("w", encoding="utf-8", newline="") as file:

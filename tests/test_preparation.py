@@ -327,6 +327,18 @@ def test_the_same_bytes_come_out_whatever_the_workers_the_order_and_the_shards_n
     assert bytes_of(one) == bytes_of(four)
 
 
+def test_a_form_that_most_rows_fill_in_stays_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    form = "本表由供货单位填写，一式两份，须写明货物的名称、数量、单价和交货日期，由双方盖章后生效。" * 3
+    rows = [row(n, document=f"{form}编号{n}。" if n < 60 else None) for n in range(120)]
+    for seed in range(4):
+        data = prepared(tmp_path / str(seed), rows, near_copies=0.8, dev_share=0.2, seed=seed, preset="seed")
+        assert len({r["group"] for r in read(data, "train") if form in r["instruction"]}) == 1
+        dev = read(data, "dev")
+        assert dev
+        assert not any(form in r["instruction"] for r in dev)
+    assert "prepare: 8% of the rows are on the dev side, --dev_share is 20%: " in capsys.readouterr().out
+
+
 def test_training_never_sees_a_document_of_the_dev_side(tmp_path: Path) -> None:
     rows = [row(n) for n in range(60)]
     for number, each in enumerate(rows):  # every row's positive document is a distractor elsewhere

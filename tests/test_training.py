@@ -21,7 +21,7 @@ from cluster.errors import StageError
 from pipelines.model_folders import open_model
 from pipelines.preparation import PrepareConfig, prepare
 from pipelines.run.checkpoint_store import COPY, LIST, CheckpointStore
-from pipelines.run.planning import who_waits
+from pipelines.run.planning import rounded_far, who_waits
 from pipelines.run.progress import MetricsLog, describe, read_metrics
 from pipelines.run.training_run import _tell_where_it_begins
 from pipelines.training import TrainConfig, _publish, train
@@ -373,6 +373,14 @@ def test_workers_that_would_wait_in_each_step_are_told_of_with_the_batch_size_th
     blocks: int, per_step: int, workers: int, said: str
 ) -> None:
     assert who_waits(blocks, 8 * blocks, per_step, workers) == said
+
+
+def test_a_batch_size_that_whole_blocks_cannot_come_near_is_told_of() -> None:
+    assert rounded_far(100, 16_000, 1, 32) == (
+        "a step takes about 160 examples, not --batch_size 32, as a block holds 160; smaller --block_tokens come nearer"
+    )
+    assert rounded_far(1250, 10_000, 4, 32) == ""
+    assert rounded_far(1, 20, 1, 32) == ""
 
 
 def test_a_list_may_be_given_as_one_word_and_fewest_workers_are_not_more_than_all() -> None:

@@ -45,34 +45,42 @@ class Corpus:
         own = int(np.searchsorted(self.digests, np.uint64(document)))
         if own < len(self.digests) and self.digests[own] == document:
             scores[self.groups == self.groups[own]] = 0
-        order = np.lexsort((self.digests, -scores))[:NEIGHBOURS]
-        return np.asarray(self.sources[order[scores[order] > 0]])
+        least = np.partition(scores, -NEIGHBOURS)[-NEIGHBOURS] if len(scores) > NEIGHBOURS else 0
+        likely = np.flatnonzero((scores > 0) & (scores >= least))
+        best = likely[np.argsort(-scores[likely], kind="stable")][:NEIGHBOURS]  # equal ones by their digests
+        return np.asarray(self.sources[best])
 
 
 def write_corpus(
     folder: Path, texts: Iterable[str], digests: np.ndarray, groups: np.ndarray, where: np.ndarray
 ) -> None:
     """Write the index of `texts`, whose digests are in order. Takes some 20 bytes of memory a character."""
-    pairs = [np.unique(character_pairs(plain_text(text)), return_counts=True) for text in texts]
-    lengths = np.array([counts.sum() + 1 for _, counts in pairs])
-    documents = np.repeat(np.arange(len(pairs), dtype=np.uint32), [len(codes) for codes, _ in pairs])
-    codes, counts = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    # Gigabytes of text have an index as large: what is not needed any more goes at once.
+    pairs, times = [], []
+    for text in texts:
+        found, counts = np.unique(character_pairs(plain_text(text)), return_counts=True)
+        pairs.append(found)
+        times.append(counts.astype(np.float32))
+    sizes = [len(found) for found in pairs]
+    lengths = np.array([counts.sum() + 1 for counts in times])
+    norms = (K1 * (1 - B + B * lengths / lengths.mean())).astype(np.float32)
+    codes = np.concatenate(pairs)
+    del pairs
+    weights = np.concatenate(times)
+    del times
+    documents = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
+    weights *= (K1 + 1) / (weights + norms[documents])
     order = np.argsort(codes, kind="stable")
-    terms, starts = np.unique(codes[order], return_index=True)
-    starts = np.append(starts, len(codes))
-    norms = K1 * (1 - B + B * lengths / lengths.mean())
-    weights = counts * (K1 + 1) / (counts + norms[documents])
-    idf = rarity(np.diff(starts), len(pairs))
+    codes = codes[order]
+    starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
+    terms, starts = codes[starts], np.append(starts, len(codes))
+    del codes
+    documents, weights = documents[order], weights[order]
+    del order
+    present = np.diff(starts)
+    weights *= np.repeat(rarity(present, len(sizes)).astype(np.float32), present)
     folder.mkdir()
-    index = Corpus(
-        terms,
-        starts,
-        documents[order],
-        (weights[order] * np.repeat(idf, np.diff(starts))).astype(np.float32),
-        digests,
-        groups,
-        where,
-    )
+    index = Corpus(terms, starts, documents, weights, digests, groups, where)
     for name, array in vars(index).items():
         np.save(folder / f"{name}.npy", array)
 

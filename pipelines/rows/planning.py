@@ -60,7 +60,7 @@ def make_plan(found: Findings, shard_of_piece: np.ndarray, first_replay_shard: i
         kept = np.flatnonzero(~copies)
         near[kept] = groups.near_copies(records[kept], group[kept], [found.questions[i] for i in kept])
     used = ~copies & ~near
-    is_dev = groups.on_dev_side(group, choices.dev_share, choices.seed) & ~replay
+    is_dev = groups.on_dev_side(group, used & ~replay, choices.dev_share, choices.seed) & ~replay
     withheld = replay & np.isin(group, group[is_dev])
     drawn = _draw(records["key"], used & replay & ~withheld, int((used & ~replay & ~is_dev).sum()), choices)
     train, dev = used & ~is_dev & (~replay | drawn), used & is_dev

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import sys
 from typing import Any
 
 import ray.train
@@ -22,7 +23,12 @@ class ListCopy(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """See UserCallback; called once for all workers."""
-        self._store.copy_list()
+        try:
+            self._store.copy_list()
+        except OSError as error:  # training has its checkpoints; only a list that is torn now would cost them
+            print(
+                f"train: warning: no copy of the list of checkpoints: {' '.join(str(error).split())}", file=sys.stderr
+            )
 
 
 class FreshCount(ray.train.UserCallback):

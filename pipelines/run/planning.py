@@ -40,7 +40,7 @@ def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, fold
     per_step = max(1, round(config.batch_size * counts["blocks"] / counts["examples"]))
     steps_per_epoch = math.ceil(counts["blocks"] / per_step)
     steps = min(math.ceil(config.epochs * steps_per_epoch), config.max_steps or 10**12)
-    _tell(counts, steps, per_step, memory, config.workers)
+    _tell(counts, steps, per_step, memory, config)
     return TrainingPlan(
         **config.model_dump(include=set(TrainingPlan.model_fields) - {"base", "block_tokens", "recompute", "keep"}),
         base=base.location,
@@ -58,14 +58,27 @@ def make_plan(config: TrainConfig, base: ModelFolder, data: storage.Folder, fold
     )
 
 
-def _tell(counts: dict[str, Any], steps: int, per_step: int, memory: Memory, workers: int) -> None:
+def _tell(counts: dict[str, Any], steps: int, per_step: int, memory: Memory, config: TrainConfig) -> None:
     fill = counts["tokens"] / counts["blocks"] / memory.block_tokens
     print(
         f"train: {counts['examples']:,} examples, {counts['tokens']:,} tokens in {counts['blocks']:,} blocks "
-        f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {workers} workers"
+        f"({fill:.0%} full); {steps:,} steps of {per_step} blocks on {config.workers} workers"
     )
-    if waiting := who_waits(counts["blocks"], counts["examples"], per_step, workers):
-        print(f"train: {waiting}", file=sys.stderr)
+    rounded = rounded_far(counts["blocks"], counts["examples"], per_step, config.batch_size)
+    waiting = who_waits(counts["blocks"], counts["examples"], per_step, config.workers)
+    for told in filter(None, (rounded, waiting)):
+        print(f"train: {told}", file=sys.stderr)
+
+
+def rounded_far(blocks: int, examples: int, per_step: int, batch_size: int) -> str:
+    """How many examples a step takes, where whole blocks hold quite other numbers than `batch_size`; else ""."""
+    held = examples / blocks
+    if blocks == 1 or 0.75 <= held * per_step / batch_size <= 1.25:
+        return ""
+    return (
+        f"a step takes about {held * per_step:.0f} examples, not --batch_size {batch_size}, as a block holds "
+        f"{held:.0f}; smaller --block_tokens come nearer"
+    )
 
 
 def who_waits(blocks: int, examples: int, per_step: int, workers: int) -> str:

@@ -150,6 +150,8 @@ class _Follower:
 
     def _send(self) -> None:
         rows = [row for row in read_metrics(self._folder / "metrics.jsonl") if row["step"] > self._sent]
+        if not self._stop.is_set():
+            rows = rows[:-1]  # the newest is not whole before the next has come: its dev loss may have been put off
         if not rows:
             return
         self._tracker = self._tracker or _TRACKERS[self._name](self._run_id, self._folder, self._settings)

@@ -24,6 +24,8 @@ class Answer:
     tokens: int
     seconds: float
     """From handing the prompt to the engine, which answers others at the same time, to the last token."""
+    engine: str = ""
+    """Name of the engine: seconds of different ones do not compare models."""
 
 
 def read_questions(split: Path, most: int = 0) -> list[Row]:

@@ -40,6 +40,11 @@ class Result:
         return cls(model, heading, answers, points, metrics.summarize(points, groups_of(rows)), f1_by)
 
     @property
+    def engine(self) -> str:
+        """Name of the engine that answered."""
+        return ", ".join(sorted({answer.engine for answer in self.answers if answer.engine}))
+
+    @property
     def costs(self) -> dict[str, dict[str, float]]:
         """Length of an answer in tokens, and how long it took: mean and quantiles of those that were given."""
         given = [answer for answer in self.answers if answer.tokens]
@@ -139,6 +144,7 @@ def score_table(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     heads = ["metric", *(result.heading for result in results)]
     lines = [[name, *(str(result.scores.get(name, "-")) for result in results)] for name in found.metric_names]
     costs = [[name, *(_mean(result.costs.get(name)) for result in results)] for name in _COSTS]
+    costs.append(["engine", *(result.engine for result in results)])
     if found.comparison:
         heads += ["difference", "p"]
         lines = [[*line, *_difference(found.comparison.get(line[0]))] for line in lines]
@@ -185,4 +191,4 @@ def _numbers(result: Result) -> dict[str, Any]:
     scores = {name: asdict(score) for name, score in result.scores.items()}
     by = {name: {str(place): asdict(score) for place, score in places.items()} for name, places in result.f1_by.items()}
     curves = {"f1_by_documents": by["documents"], "f1_by_golden_position": by["golden"]}
-    return {"folder": result.model.name, **scores, **result.costs, **curves}
+    return {"folder": result.model.name, "engine": result.engine, **scores, **result.costs, **curves}
