@@ -26,6 +26,17 @@ class TextStream:
         """Text that these ids make final. Empty after a stop string."""
         return "" if self.stopped else self._stop.push(self._decoder.push(ids))
 
+    def push_until_stopped(self, ids: Sequence[int]) -> tuple[str, int]:
+        """As `push`, and how many of the ids came before a stop string was complete, the last of its own included."""
+        if not self._stop.texts:
+            return self.push(ids), len(ids)
+        pieces: list[str] = []
+        for token_id in ids:
+            pieces.append(self.push([token_id]))
+            if self.stopped:
+                break
+        return "".join(pieces), len(pieces)
+
     def finish(self) -> str:
         """The rest of the text: call it once, when no more ids will come."""
         return "" if self.stopped else self._stop.push(self._decoder.finish(), is_last=True)
@@ -35,17 +46,20 @@ class StopTexts:
     """Cuts a growing text before the first of some texts."""
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
+        self.texts = tuple(stop)
+        """What is looked for."""
         self._held = ""
         self.found = False
         """Whether one of them has come."""
 
     def push(self, text: str, is_last: bool = False) -> str:
         """What of the text so far is certain and new."""
+        if not self.texts:
+            return text
         text = self._held + text
-        starts = [(start + len(mark), start) for mark in self._stop if (start := text.find(mark)) >= 0]
+        starts = [(start + len(mark), start) for mark in self.texts if (start := text.find(mark)) >= 0]
         self.found = bool(starts)
-        end = min(starts)[1] if starts else len(text) - (0 if is_last else held_back(text, self._stop))
+        end = min(starts)[1] if starts else len(text) - (0 if is_last else held_back(text, self.texts))
         self._held = text[end:]
         return text[:end]
 

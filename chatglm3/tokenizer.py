@@ -44,6 +44,7 @@ class ChatGlmTokenizer:
         """sha256 of tokenizer.model: equal fingerprints mean equal ids."""
         self._sentencepiece = SentencePieceProcessor(model_proto=model)
         self._num_pieces: int = self._sentencepiece.vocab_size()
+        self._pieces: dict[int, str | bytes] = {}  # asking SentencePiece takes several times as long
         self._control_ids = {token: self._num_pieces + index for index, token in enumerate(CONTROL_TOKENS)}
         self.vocab_size = self._num_pieces + len(CONTROL_TOKENS)
         self.pad_id = 0
@@ -74,9 +75,17 @@ class ChatGlmTokenizer:
 
     def piece(self, token_id: int) -> str | bytes:
         """What one id stands for: text, in which "▁" is a space, or one byte of a character."""
-        if self._num_pieces <= token_id < self.vocab_size:
+        if not 0 <= token_id < self.vocab_size:
+            return ""  # and is not kept: a caller may send any number of them
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = self._asked_piece(token_id)
+        return piece
+
+    def _asked_piece(self, token_id: int) -> str | bytes:
+        if token_id >= self._num_pieces:
             return CONTROL_TOKENS[token_id - self._num_pieces]
-        if not self.eos_id < token_id < self._num_pieces:
+        if token_id <= self.eos_id:
             return ""
         piece: str = self._sentencepiece.id_to_piece(token_id)
         return bytes.fromhex(piece[3:5]) if self._sentencepiece.is_byte(token_id) else piece

@@ -5,16 +5,29 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import NoReturn
 
+import ray
 from ray import serve
 
-from chatglm3.engines import AdapterFolders, Delta, Engine, EngineError, RequestError, Sampling, load_engine
+from chatglm3.engines import (
+    AdapterFolders,
+    Delta,
+    Engine,
+    EngineDied,
+    EngineError,
+    RequestError,
+    Sampling,
+    load_engine,
+)
 from chatglm3.errors import ModelError
 from serve_app.app_args import AppArgs
 from serve_app.gathering import gathered
 from serve_app.metrics import Metrics
 from serve_app.ray_metrics import RaySink
 from serve_app.scaling import WAITING_TOKENS
+
+log = logging.getLogger(__name__)
 
 PAUSE_S = 0.02
 """Between two messages of an answer: each costs three processes as much CPU as a token of a small model."""
@@ -43,6 +56,7 @@ def engine_of_this_replica(args: AppArgs, last_words_s: float = 0.0) -> Engine:
         tensor_parallel=args.tensor_parallel,
         gpu_memory_utilization=args.gpu_memory_utilization,
         adapters=AdapterFolders(args.adapters, args.adapter_dir),
+        needs_gpu=bool(ray.get_gpu_ids()),
         on_fatal=end,
     )
 
@@ -74,7 +88,9 @@ class EngineReplica:
 
 @serve.deployment(max_ongoing_requests=32, max_queued_requests=64, max_constructor_retry_count=2)
 class EngineServer(EngineReplica):
-    """An engine, to be asked by `RemoteEngine`. Failures are items, so that they arrive as what they are."""
+    """An engine, to be asked by `RemoteEngine`. Failures are items, so that they arrive as what they are, but the death
+    of the engine: its process ends at once, or it would be asked to go on with what it has just let fail.
+    """
 
     def __init__(self, args: AppArgs) -> None:
         join_serve_log()
@@ -85,6 +101,8 @@ class EngineServer(EngineReplica):
         """See `Engine.prepare`."""
         try:
             await self._engine.prepare(sampling)
+        except EngineDied as death:
+            _end_process(death)
         except _FAILURES as failure:
             return failure
         return None
@@ -95,5 +113,12 @@ class EngineServer(EngineReplica):
             async with aclosing(gathered(self._engine.generate(prompt_ids, sampling), PAUSE_S)) as deltas:
                 async for delta in deltas:
                     yield delta
+        except EngineDied as death:
+            _end_process(death)
         except _FAILURES as failure:
             yield failure
+
+
+def _end_process(death: EngineDied) -> NoReturn:
+    log.error("this replica ends with its engine: %s", death)
+    os._exit(1)

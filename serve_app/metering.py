@@ -76,9 +76,8 @@ class MeteredEngine:
                     if first and count:
                         record.first_token_s = now - started
                         self._metrics.record(metrics.FIRST_TOKEN, now - started, model=model)
-                    elif count:  # tokens that come together share the time
-                        for _ in range(count):
-                            self._metrics.record(metrics.BETWEEN_TOKENS, (now - last) / count, model=model)
+                    elif count:  # tokens that come together share the time, and are one observation, as vLLM's are
+                        self._metrics.record(metrics.BETWEEN_TOKENS, (now - last) / count, model=model)
                     first, last = first and not count, now
                     record.completion_tokens += count
                     ending = delta.finish_reason or ending

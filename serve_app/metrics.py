@@ -38,7 +38,10 @@ FIRST_TOKEN = Instrument(
     buckets=_FIRST_TOKEN,
 )  # fmt: skip
 BETWEEN_TOKENS = Instrument(
-    "histogram", "inter_token_latency_seconds", "Between two tokens of an answer.", buckets=_BETWEEN_TOKENS
+    "histogram",
+    "inter_token_latency_seconds",
+    "Between tokens of an answer; once for tokens that came together.",
+    buckets=_BETWEEN_TOKENS,
 )
 REQUEST = Instrument(
     "histogram", "e2e_request_latency_seconds", "From handing a prompt to the engine to the last token.",

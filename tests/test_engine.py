@@ -511,6 +511,12 @@ def test_an_unknown_engine_is_refused_by_name(tiny):
         load_engine("llama", tiny)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here can be used")
+def test_a_process_with_a_gpu_that_cannot_be_used_says_so_and_does_not_go_on_without(tiny: Path) -> None:
+    with pytest.raises(ModelError, match=r"was given a GPU, but PyTorch .* cannot use it \(.+\); compare nvidia-smi"):
+        load_engine("auto", tiny, needs_gpu=True)
+
+
 def test_auto_loads_the_tiny_model_and_says_what_it_chose(tiny, tokenizer, caplog):
     with caplog.at_level("INFO", logger="chatglm3.engines"):
         engine = load_engine("auto", tiny)

@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def streamed(tokenizer: ChatGlmTokenizer, ids: list[int], stop: tuple[str, ...],
     stream = TextStream(tokenizer, stop)
     deltas = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
     return [*deltas, stream.finish()], stream.stopped
+
+
+def test_ids_past_the_vocabulary_stand_for_nothing_and_are_not_kept(tokenizer):
+    tracemalloc.start()
+    assert tokenizer.decode(range(tokenizer.vocab_size, tokenizer.vocab_size + 100_000)) == ""
+    assert tracemalloc.get_traced_memory()[0] < 1e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

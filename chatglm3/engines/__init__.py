@@ -221,6 +221,7 @@ def load_engine(
     speculate: bool = False,
     tensor_parallel: int = 1,
     gpu_memory_utilization: float | None = None,
+    needs_gpu: bool = False,
     on_fatal: Callable[[], object] | None = None,
 ) -> Engine:
     """Load the model in `folder` into the engine called `name`; "auto" chooses one and logs why.
@@ -228,12 +229,17 @@ def load_engine(
     `dtype` "auto" is bfloat16 on a GPU (with vLLM float16 on one without it) and float32 on a CPU. At most `max_batch`
     requests run at a time, others wait. `adapters` are those that requests can name. `speculate` guesses tokens by what
     followed the last ones before, `tensor_parallel` GPUs share each layer, `gpu_memory_utilization` is the share of a
-    GPU to take (vLLM only, all three). `on_fatal` is called when the engine has died. Raises ModelError for an unknown
-    name or an unusable folder.
+    GPU to take (vLLM only, all three). `needs_gpu`: a GPU was given to this process, which must not answer on its CPU
+    instead. `on_fatal` is called when the engine has died. Raises ModelError for an unknown name, an unusable folder or
+    GPU.
     """
     if name not in get_args(EngineName):
         raise ModelError(f"engine {name!r} is not known; choose auto, transformers or vllm")
-    chosen: str = name
+    chosen = name
+    if needs_gpu:
+        from chatglm3.engines.choice import check_gpu
+
+        check_gpu()
     if name == "auto":
         from chatglm3.engines.choice import choose_engine
 

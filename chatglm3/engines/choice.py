@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
+from chatglm3.engines import EngineName
 from chatglm3.engines.adapter_folders import AdapterFolders
 from chatglm3.errors import ModelError
 from chatglm3.folder import model_folder, read_json
 
 
-def choose_engine(folder: str | Path, adapters: AdapterFolders | None = None) -> tuple[str, str]:
+def choose_engine(folder: str | Path, adapters: AdapterFolders | None = None) -> tuple[EngineName, str]:
     """Name of the engine that `auto` stands for, with these adapters, and why."""
     if not torch.cuda.is_available():
         return "transformers", "as there is no GPU here"
@@ -26,6 +27,20 @@ def choose_engine(folder: str | Path, adapters: AdapterFolders | None = None) ->
     if dora := adapters.with_dora() if adapters else []:
         return "transformers", f"as adapter {dora[0]} is DoRA, which vLLM refuses"
     return "vllm", "the fastest on a GPU"
+
+
+def check_gpu() -> None:
+    """ModelError, with PyTorch's reason, if it can use no GPU."""
+    if torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()  # not where it succeeds: vLLM's process is to have the GPU for itself
+    except (AssertionError, RuntimeError) as error:  # the first where it is built without CUDA
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"this process was given a GPU, but PyTorch {torch.__version__} cannot use it ({reason}); compare "
+            f"nvidia-smi on this node with the CUDA that this PyTorch is built for"
+        ) from None
 
 
 def native_folder(folder: str | Path) -> Path:

@@ -134,12 +134,12 @@ class VllmEngine:
         _check_split(self._config, read_json(folder / "config.json").get("quantization_config"), tensor_parallel)
         self._tokenizer = load_tokenizer(folder)
         self._guides = GuideCompiler(self._tokenizer)
-        self._stats = _Stats()
+        self._pacing = Pacing()
+        self._stats = _Stats(self._pacing)
         self._loaded: dict[tuple[Path, int], _Adapter] = {}
         self._numbers = itertools.count(1)
         self._loading = asyncio.Lock()
         self._converted = tempfile.TemporaryDirectory(prefix="adapters-")
-        self._pacing = Pacing()
         self._turns = FairTurns()
         self._speculate = speculate
         self.adapters = adapters or AdapterFolders()
@@ -206,17 +206,17 @@ class VllmEngine:
         text = TextStream(self._tokenizer, sampling.stop)
         text.push(sampling.drawn)
         unused = len(prompt_ids) + sampling.max_tokens
-        turn = self._turns.take(sampling.client, unused)
+        turn, key = self._turns.take(sampling.client, unused), uuid.uuid4().hex
         try:
             outputs = self._llm.generate(
                 tokens_input(prompt_ids),
                 _params(sampling, self._tokenizer.stop_ids),
-                uuid.uuid4().hex,
+                key,
                 lora_request=adapter.request,
                 priority=turn,
             )
             async with aclosing(outputs):  # which aborts the request
-                with self._pacing.stream():
+                with self._pacing.stream(key):
                     async for output in outputs:
                         self._turns.begin(turn)
                         delta = self._delta(output.outputs[0], text, sampling.logprobs or 0)
@@ -224,7 +224,7 @@ class VllmEngine:
                         yield delta
                         if delta.finish_reason:
                             return
-                        await self._pacing.pause()  # vLLM joins what comes meanwhile
+                        await self._pacing.pause(key)  # vLLM joins what comes meanwhile
         except VLLMClientError as error:
             raise RequestError(_line(error)) from error
         except EngineDeadError as error:
@@ -248,21 +248,18 @@ class VllmEngine:
         """The piece of the answer that these tokens make, up to a stop token or text among them."""
         if output.finish_reason in ("abort", "error"):
             raise EngineError("vLLM ended this request")
-        piece, used, stopped = "", 0, False
-        while used < len(output.token_ids) and not stopped:
-            token = output.token_ids[used]
-            used += 1
-            if token not in self._tokenizer.stop_ids:
-                piece += text.push([token])
-            stopped = text.stopped or token in self._tokenizer.stop_ids
-        if stopped or output.finish_reason:
+        tokens = tuple(output.token_ids)
+        ended = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids  # behind which vLLM writes nothing
+        piece, used = text.push_until_stopped(tokens[:-1] if ended else tokens)
+        if text.stopped:
+            tokens = tokens[:used]
+        if ended or output.finish_reason:
             piece += text.finish()
         reason: FinishReason | None = "length" if output.finish_reason else None
-        tokens = tuple(output.token_ids[:used])
         logprobs = tuple(
             _logprob(token, found, num_top) for token, found in zip(tokens, output.logprobs or (), strict=False)
         )
-        return Delta(piece, tokens, "stop" if stopped or text.stopped else reason, logprobs)
+        return Delta(piece, tokens, "stop" if ended or text.stopped else reason, logprobs)
 
     def _lora_arguments(self) -> dict[str, Any]:
         if not self.adapters:
@@ -333,13 +330,16 @@ class _Adapter:
 
 
 class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where types are checked
-    """What vLLM tells of its last step."""
+    """What vLLM tells of its last step, and of requests that end with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pacing: Pacing) -> None:
+        self._pacing = pacing
         self._running = self._waiting = self._hits = self._queries = 0
         self._cache_use = 0.0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        for request in iteration_stats.finished_requests if iteration_stats else ():
+            self._pacing.end(request.request_id)
         if scheduler_stats is None:
             return
         self._running = scheduler_stats.num_running_reqs

@@ -27,6 +27,7 @@ from chatglm3.engines import (
     UnknownAdapter,
     complete,
     load_engine,
+    pacing,
 )
 from chatglm3.errors import ModelError
 from chatglm3.tiny import FOLDER
@@ -126,6 +127,19 @@ def test_clients_take_turns_where_requests_wait(run: Run, vllm: Engine, prompts:
     run(flood())
     assert len(answered) == 49
     assert answered.index("quiet") < 33  # it was in the second of the engine's batches of 16, not in the fourth
+
+
+def test_the_last_piece_of_an_answer_waits_for_no_other_stream(
+    run: Run, vllm: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    undisturbed = ask(run, vllm, prompts[:3], GREEDY)
+    monkeypatch.setattr(pacing, "PAUSE_PER_STREAM_S", 10.0)
+
+    async def answers() -> list[Completion]:
+        async with asyncio.timeout(10):  # of a pause of thirty seconds
+            return await asyncio.gather(*(complete(vllm, prompt, GREEDY) for prompt in prompts[:3]))
+
+    assert run(answers()) == undisturbed
 
 
 def test_an_answer_goes_on_where_an_engine_that_died_left_off(
