@@ -22,12 +22,11 @@ def bm25(question: str, documents: Sequence[str]) -> np.ndarray:
     """
     if not documents or len(question) < 2:
         return np.zeros(len(documents))
-    terms = np.unique(character_pairs(question))
-    counts = _count(terms, documents)
+    term, document, count = _occurrences(np.unique(character_pairs(question)), documents)
     lengths = np.array([len(text) for text in documents])
     norms = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
-    present = (counts > 0).sum(axis=1, keepdims=True)
-    scores = (rarity(present, len(documents)) * counts * (K1 + 1) / (counts + norms)).sum(axis=0)
+    weights = rarity(np.bincount(term), len(documents))[term] * count * (K1 + 1) / (count + norms[document])
+    scores = np.bincount(document, weights, minlength=len(documents))
     return np.asarray(scores.round(9))  # so that no machine's rounding changes an order
 
 
@@ -48,8 +47,11 @@ def character_pairs(text: str) -> np.ndarray:
     return np.asarray(codes[:-1].astype(np.uint32) << 16 | codes[1:])
 
 
-def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:
-    """How often each term stands in each document, [terms, documents]."""
+def _occurrences(terms: np.ndarray, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where terms stand: (term, document, how often) of each of the pairs that occur, by term and then by document.
+
+    No table of all terms and documents: of a long question and the lines of a long document it would fill the memory.
+    """
     codes = _codes("\n".join(documents))
     begins = np.zeros(1 << 16, bool)
     begins[terms >> 16] = True
@@ -59,9 +61,8 @@ def _count(terms: np.ndarray, documents: Sequence[str]) -> np.ndarray:
     hits = terms[rows] == found
     ends = np.flatnonzero(codes == ord("\n"))  # plain text has no line ends of its own
     columns = np.searchsorted(ends, places[hits])
-    size = len(terms) * len(documents)
-    counts = np.bincount(rows[hits] * len(documents) + columns, minlength=size)
-    return counts.reshape(len(terms), len(documents))
+    cells, count = np.unique(rows[hits] * len(documents) + columns, return_counts=True)
+    return *np.divmod(cells, len(documents)), count
 
 
 def _codes(text: str) -> np.ndarray:

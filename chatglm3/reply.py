@@ -146,8 +146,11 @@ def _tool_call(metadata: str, content: str) -> ToolCall | None:
             parameters: Any = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
         else:
             parameters = ast.literal_eval(node)
-        json.dumps(parameters, allow_nan=False)
+        if not isinstance(parameters, dict) or not all(isinstance(key, str) for key in parameters):
+            return None
+        # As JSON has them: two surrogates, which its escapes make of an emoji, become one; a lone one is no text.
+        parameters = json.loads(json.dumps(parameters, allow_nan=False))
+        json.dumps(parameters, ensure_ascii=False).encode()
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
-    is_named = isinstance(parameters, dict) and all(isinstance(key, str) for key in parameters)
-    return {"name": metadata.strip(), "parameters": parameters} if is_named else None
+    return {"name": metadata.strip(), "parameters": parameters}

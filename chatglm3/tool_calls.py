@@ -14,14 +14,15 @@ _OF_NO_EFFECT = frozenset(
 )
 """Keywords that allow and forbid nothing by themselves."""
 
-# Python literals that are JSON values too.
-_VALUES = r"""
-any: STRING | NUMBER | "True" | "False" | "None" | "[" (any (", " any)*)? "]" | "{" (entry (", " entry)*)? "}"
+# Python literals that are JSON values too, and names that Python takes for arguments.
+_VALUES = rf"""
+any: STRING | NUMBER | "True" | "False" | "None" | "[" (any (", " any)*)? "]" | "{{" (entry (", " entry)*)? "}}"
 entry: STRING ": " any
-argument: /[A-Za-z_][A-Za-z0-9_]{0,40}/ "=" any
+argument: ARGUMENT "=" any
+ARGUMENT: /[A-Za-z_][A-Za-z0-9_]{{0,40}}/ & ~/{"|".join(keyword.kwlist)}/
 STRING: /'([^'\\\x00-\x1f\x7f]|\\['"\\nt])*'/ | /"([^"\\\x00-\x1f\x7f]|\\['"\\nt])*"/
-INTEGER: /-?(0|[1-9][0-9]{0,17})/
-NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?(e[+-]?[0-9]{1,2})?/
+INTEGER: /-?(0|[1-9][0-9]{{0,17}})/
+NUMBER: /-?(0|[1-9][0-9]{{0,17}})(\.[0-9]{{1,17}})?(e[+-]?[0-9]{{1,2}})?/
 """
 _TYPES = {
     "string": "STRING",

@@ -21,6 +21,7 @@ class Allowance:
         self._answers = 0
         self._reserved = 0
         self._reserving: asyncio.Task[Standing] | None = None
+        self._standing: Standing | None = None
 
     async def admit(self) -> None:
         """Count the request."""
@@ -41,7 +42,7 @@ class Allowance:
         if self._reserving:
             await asyncio.wait((self._reserving,))
         if self._limits.tokens_per_minute and used != self._reserved:
-            await self._ledger.settle(self._name, self._limits, used - self._reserved)
+            await self._ledger.settle(self._name, self._limits, used - self._reserved, self._standing)
 
     def _take_answers(self, answers: int) -> None:
         limit = self._limits.answers_at_once
@@ -64,6 +65,7 @@ class Allowance:
     async def _reserve(self, tokens: int) -> Standing:
         standing = await self._ledger.reserve(self._name, self._limits, tokens)
         self._reserved += 0 if standing.retry_after_s else tokens
+        self._standing = standing
         return standing
 
     def _hold_to(self, standing: Standing) -> None:

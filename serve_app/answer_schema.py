@@ -56,7 +56,7 @@ class AnswerRequest(RequestBody):
     """The model or an adapter of it; the model unless given."""
     stream: bool | None = None
     """Send the answer in pieces, as server-sent events."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     """Most tokens of the answer; 512 unless given."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0, the default, always takes the most probable token."""

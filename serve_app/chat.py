@@ -11,7 +11,7 @@ from chatglm3.chat import PromptFormat, question_ids
 from chatglm3.engines import Delta, Engine, FinishReason
 from chatglm3.reply import SEPARATOR, ReplyStream
 from chatglm3.stream import StopTexts
-from chatglm3.tokenizer import ChatGlmTokenizer
+from chatglm3.tokenizer import ChatGlmTokenizer, TextDecoder
 from serve_app import chat_schema
 from serve_app.answers import STREAMS, Answer, Json, respond
 from serve_app.chat_schema import AnsweredTool, AnswerMessage, ChatCompletion, ChatFinish, ChatRequest, ChoiceLogprobs
@@ -47,7 +47,6 @@ def add_route(
             adapter=adapter,
         )
         await engine.prepare(asked[0])
-        await take_on(len(asked), len(prompt_ids) + sum(sampling.max_tokens for sampling in asked))
         choices = []
         for index, sampling in enumerate(asked):
             choice = ChatChoice(
@@ -60,6 +59,8 @@ def add_route(
                 has_logprobs=bool(body.logprobs),
             )
             choices.append((choice, engine.generate(prompt_ids, sampling)))
+        # What cannot be written was refused by now, and takes nothing of a key's limits.
+        await take_on(len(asked), len(prompt_ids) + sum(sampling.max_tokens for sampling in asked))
         answer = Answer(ChatCompletion, body, len(prompt_ids), choices)
         return await respond(request, answer, body.stream)
 
@@ -94,6 +95,9 @@ class ChatChoice:
         self._finish_reason: ChatFinish = "stop"
         self._logprobs = ChoiceLogprobs(content=[]) if has_logprobs else None
         self._in_metadata = is_chat
+        self._decoder = TextDecoder(tokenizer)
+        self._decoded = 0
+        """Characters of the content's tokens so far."""
 
     def opening(self) -> list[Json]:
         """The role, as OpenAI sends it first."""
@@ -138,10 +142,13 @@ class ChatChoice:
         return [self._part({"content": text}, logprobs=ChoiceLogprobs(content=found).model_dump())]
 
     def _is_content(self, token_id: int) -> bool:
-        """Whether the token comes after the metadata line."""
-        was_metadata = self._in_metadata
-        self._in_metadata = was_metadata and b"\n" not in token_bytes(self._tokenizer, token_id)
-        return not was_metadata
+        """Whether the token comes after the metadata line, and before a stop text."""
+        if self._in_metadata:
+            self._in_metadata = b"\n" not in token_bytes(self._tokenizer, token_id)
+            return False
+        begin, text = self._decoded, self._decoder.push([token_id])
+        self._decoded += len(text if begin else text.lstrip())  # as the content begins
+        return not self._stop.found or begin < len(self._content)
 
     def _call_parts(self) -> list[Json]:
         """Calls since the last time: the name as soon as it is certain, then the arguments.

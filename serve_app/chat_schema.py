@@ -120,9 +120,9 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     """Most tokens of the answer. Unless given: 512, or what the prompt leaves of the context."""
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     """The newer name of max_tokens."""
     logprobs: bool | None = None
     """Report how probable each token was: log-softmax of the model's own scores, before bias, penalties, guides and

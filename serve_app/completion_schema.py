@@ -21,7 +21,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     """A text, its token ids as they are, or several of one kind. A text gets ChatGLM3's prefix, ids get nothing."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     """Most tokens of each answer; 16 unless given, as OpenAI has it."""
     logprobs: int | None = Field(None, ge=0, le=20)
     """Report each token's logprob, and those of this many of the most probable ones."""

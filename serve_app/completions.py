@@ -35,13 +35,14 @@ def add_route(api: FastAPI, engine: Engine, tokenizer: ChatGlmTokenizer, models:
         )
         prompts = [await off_loop(request, prompt_ids, tokenizer, prompt) for prompt in body.prompts()]
         await engine.prepare(asked[0])
-        tokens = sum(len(ids) + sum(sampling.max_tokens for sampling in asked) for ids in prompts)
-        await take_on(len(prompts) * len(asked), tokens)
         choices: list[tuple[TextChoice, AsyncGenerator[Delta, None]]] = []
         for ids in prompts:
             for sampling in asked:
                 choice = TextChoice(len(choices), tokenizer, StopTexts(body.stop or ()), body.logprobs is not None)
                 choices.append((choice, engine.generate(ids, sampling)))
+        # What cannot be written was refused by now, and takes nothing of a key's limits.
+        tokens = sum(len(ids) + sum(sampling.max_tokens for sampling in asked) for ids in prompts)
+        await take_on(len(choices), tokens)
         answer = Answer(Completion, body, sum(map(len, prompts)), choices)
         return await respond(request, answer, body.stream)
 
@@ -83,9 +84,12 @@ class TextChoice:
         text = self._stop.push(text, is_last=delta.finish_reason is not None)
         new = [token for token in delta.logprobs if token.token_id not in self._tokenizer.stop_ids]
         offsets = [self._offset_of(token.token_id) for token in new]
+        self._text += text
+        if self._stop.found:
+            offsets = [offset for offset in offsets if offset < len(self._text)]
+            new = new[: len(offsets)]
         self._logprobs += new
         self._offsets += offsets
-        self._text += text
         finish_reason: FinishReason | None = "stop" if self._stop.found else delta.finish_reason
         if finish_reason:
             self.is_over, self._finish_reason = True, finish_reason

@@ -54,7 +54,10 @@ class Reader:
             best = likeliest_first(body.question, documents)[0]
             offered = [text if index == best else "" for index, text in enumerate(documents)]
         room = limit - without
-        while parts := [part for part in fit_documents(body.question, offered, room, count) if part.start < part.end]:
+        while room > 0:  # a question that takes all of it has no document looked through
+            fitted = fit_documents(body.question, offered, room, count)
+            if not (parts := [part for part in fitted if part.start < part.end]):
+                break
             ids = self._ids([documents[part.index][part.start : part.end] for part in parts], body.question)
             if len(ids) <= limit:
                 return ids, parts

@@ -19,6 +19,8 @@ class Standing:
     """The limit that it has used up: requests or tokens."""
     left: tuple[tuple[str, int, int, float], ...] = ()
     """For each limit: requests or tokens, the limit, what is left of it, and seconds until all of it is there again."""
+    is_alone: bool = False
+    """Whether this process counted, for want of the ledger of all replicas."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -41,8 +43,9 @@ class Ledger(Protocol):
         """Take as many tokens as an admitted request may need, if they are there; all of a minute's for one that needs
         more than that."""
 
-    async def settle(self, name: str, limits: Limits, tokens: int) -> None:
-        """Count what a request used beyond what it reserved; below 0 it gets that back."""
+    async def settle(self, name: str, limits: Limits, tokens: int, reserved: Standing | None = None) -> None:
+        """Count what a request used beyond what it reserved; below 0 it gets that back, from who answered `reserve`
+        with `reserved`."""
 
 
 class LocalLedger:
@@ -71,7 +74,7 @@ class LocalLedger:
             bucket.level -= tokens
         return Standing(0.0, left=_left(buckets))
 
-    async def settle(self, name: str, limits: Limits, tokens: int) -> None:
+    async def settle(self, name: str, limits: Limits, tokens: int, reserved: Standing | None = None) -> None:
         """See `Ledger.settle`."""
         if bucket := self._of(name, limits).get("tokens"):
             bucket.level = min(bucket.limit, bucket.level - tokens)

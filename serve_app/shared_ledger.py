@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -15,6 +16,7 @@ from serve_app.ledger import LocalLedger, Standing
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 1.0
+PATIENCE_TO_SETTLE_S = 10.0
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
@@ -34,22 +36,30 @@ class SharedLedger:
 
     async def admit(self, name: str, limits: Limits) -> Standing:
         """See `Ledger.admit`."""
-        standing: Standing = await self._asked("admit", name, limits)
-        return standing
+        return await self._asked("admit", name, limits)
 
     async def reserve(self, name: str, limits: Limits, tokens: int) -> Standing:
         """See `Ledger.reserve`."""
-        standing: Standing = await self._asked("reserve", name, limits, tokens)
-        return standing
+        return await self._asked("reserve", name, limits, tokens)
 
-    async def settle(self, name: str, limits: Limits, tokens: int) -> None:
-        """See `Ledger.settle`."""
-        await self._asked("settle", name, limits, tokens)
+    async def settle(self, name: str, limits: Limits, tokens: int, reserved: Standing | None = None) -> None:
+        """See `Ledger.settle`. The answer has been sent, so nobody waits for it."""
+        if reserved and reserved.is_alone:
+            await self._alone.settle(name, limits, tokens)
+            return
+        try:
+            async with asyncio.timeout(PATIENCE_TO_SETTLE_S):
+                await self._server.settle.remote(name, limits, tokens)
+        except (TimeoutError, RayError, RayServeException) as error:
+            log.warning("the ledger of API keys does not answer (%r); %d tokens of %s uncounted", error, tokens, name)
 
-    async def _asked(self, method: str, *arguments: Any) -> Any:
+    async def _asked(self, method: str, *arguments: Any) -> Standing:
+        standing: Standing
         try:
             async with asyncio.timeout(PATIENCE_S):
-                return await getattr(self._server, method).remote(*arguments)
+                standing = await getattr(self._server, method).remote(*arguments)
+                return standing
         except (TimeoutError, RayError, RayServeException) as error:
             log.warning("the ledger of API keys does not answer (%r); this replica counts alone", error)
-            return await getattr(self._alone, method)(*arguments)
+            standing = await getattr(self._alone, method)(*arguments)
+            return replace(standing, is_alone=True)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import threading
+import tracemalloc
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from chatglm3 import load_tokenizer
 from chatglm3.answer_stream import AnswerStream
+from chatglm3.bm25 import likeliest_first
 from chatglm3.chat import prompt_ids, question_ids
 from chatglm3.documents import REFUSAL, cited_answer, documents_prompt, format_digest, parse_answer, seed_prompt
 from chatglm3.engines import Engine, load_engine
@@ -29,6 +31,7 @@ from serve_app.adapter_args import check_adapters
 from serve_app.answer_schema import AnswerRequest, Cut
 from serve_app.citations import cite, fit_report
 from serve_app.document_reader import Reader, document_style
+from serve_app.errors import ApiError
 from serve_app.routes import make_api
 from tests.clockwork import Clockwork
 
@@ -215,6 +218,18 @@ def test_a_document_that_is_too_long_is_cut_around_the_best_passage(tokenizer):
     [cut] = report.cut
     assert report.omitted == []
     assert long[cut.start : cut.end] == body.documents[0].shown[part.start : part.end]
+
+
+def test_a_long_question_and_a_document_of_many_lines_take_little_memory(tokenizer):
+    chance = random.Random(3)
+    question = "".join(chance.choices([chr(0x4E00 + offset) for offset in range(5000)], k=5000))
+    tracemalloc.start()
+    assert len(likeliest_first(question, ["山水"] * 300_000)) == 300_000  # 5,000 pairs of it: a table would take 12 GB
+    assert tracemalloc.get_traced_memory()[1] < 300e6
+    tracemalloc.stop()
+    body = AnswerRequest(question="a" * 200_000, documents=["b"] * 1000)
+    with pytest.raises(ApiError, match="leaves no room for a document"):
+        Reader(tokenizer, "chat").prompt(body, 400)
 
 
 def test_what_was_not_shown_is_reported(tokenizer):

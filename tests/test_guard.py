@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 
 from chatglm3 import load_tokenizer
 from chatglm3.engines import Delta, Engine, Sampling
+from chatglm3.engines.request_check import check_request
 from cluster.errors import StageError
 from serve_app import front, keys
 from serve_app.front import FrontArgs
@@ -26,6 +28,7 @@ from serve_app.ledger import LocalLedger, Standing
 from serve_app.metering import MeteredEngine
 from serve_app.metrics import Metrics
 from serve_app.routes import make_api
+from serve_app.shared_ledger import SharedLedger
 from tests import http_server
 from tests.clockwork import Clockwork
 from tests.waiting import wait_for
@@ -276,6 +279,60 @@ def test_a_request_that_may_need_more_than_a_minutes_tokens_waits_for_all_of_the
     assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 30
     now = 30.0
     assert asyncio.run(ledger.reserve("a", limits, 500)).retry_after_s == 0
+
+
+class Checking(Clockwork):
+    """Refuses what a real engine would."""
+
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        check_request(prompt_ids, sampling, 1 << 20, self.context_length)
+        return super().generate(prompt_ids, sampling)
+
+
+@pytest.mark.parametrize("digits", [4, 300, 400])
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_what_no_engine_could_write_takes_nothing_of_a_keys_tokens(key_file, route, digits):
+    key = add_key(key_file, "a", Limits(tokens_per_minute=1000))
+    api = served(Checking("机密"), api_keys=str(key_file))
+
+    def asked(**fields: Any) -> httpx.Response:
+        body = (CHAT if route.startswith("chat") else {"model": "tiny", "prompt": "机密"}) | fields
+        return run(api, lambda client: client.post(f"/v1/{route}", json=body, headers=bearer(key)))
+
+    assert asked(max_tokens=10).status_code == 200
+    assert asked(max_tokens=10**digits - 1).status_code == 400  # not 429: to ask again later would not help
+    after = asked(max_tokens=10)
+    assert after.status_code == 200
+    assert int(after.headers["x-ratelimit-remaining-tokens"]) > 900
+
+
+class Unsteady:
+    """A handle to a LedgerServer that does not answer each time."""
+
+    def __init__(self, answers: dict[str, bool]) -> None:
+        self.ledger, self.answers = LocalLedger(clock=lambda: 0.0), answers
+
+    def __getattr__(self, method: str) -> Any:
+        async def remote(*arguments: Any) -> Any:
+            if not self.answers.get(method, True):
+                raise TimeoutError
+            return await getattr(self.ledger, method)(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_reservation_is_settled_with_the_ledger_that_made_it(answered):
+    limits, server = Limits(tokens_per_minute=1000), Unsteady({"reserve": answered})
+    ledger = SharedLedger(server)  # type: ignore[arg-type]
+    reserved = asyncio.run(ledger.reserve("a", limits, 900))
+    server.answers = {"settle": answered}
+    asyncio.run(ledger.settle("a", limits, 100 - 900, reserved))
+    left = asyncio.run(server.ledger.admit("a", limits)).left[0][2]
+    assert left == (900 if answered else 1000)
+    server.answers = {"reserve": False, "admit": False}
+    alone = asyncio.run(ledger.admit("a", limits)).left[0][2]
+    assert alone >= (1000 if answered else 900)
 
 
 class LateLedger(LocalLedger):

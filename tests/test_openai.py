@@ -18,8 +18,10 @@ from chatglm3 import load_model, load_tokenizer, parse_reply, prompt_ids
 from chatglm3.engines import Delta, Sampling, TokenLogprob, complete
 from chatglm3.engines.transformers_engine import TransformersEngine
 from chatglm3.reply import SEPARATOR
+from chatglm3.stream import StopTexts
 from chatglm3.tokenizer import ChatGlmTokenizer
 from serve_app.chat import ChatChoice
+from serve_app.completions import TextChoice
 from serve_app.requests import samplings
 from serve_app.routes import make_api
 from serve_app.schema import GenerationRequest
@@ -375,6 +377,21 @@ def test_the_name_of_a_call_is_sent_as_soon_as_it_is_certain(tokenizer, must_cal
         (len(text), {"arguments": '{"city": "北京", "days": 3}'}),
     ]
     assert choice.whole().finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_no_logprob_is_of_a_token_behind_a_stop_text(tokenizer, is_chat):
+    ids = [token for text in ("北京", "上海", "广州") for token in tokenizer.encode(text)[1:]]
+    logprobs = tuple(TokenLogprob(token, -0.5) for token in ids)
+    piece = Delta("北京上海广州", tuple(ids), "length", logprobs=logprobs)
+    if is_chat:
+        choice = ChatChoice(0, tokenizer, False, None, ["上海"], has_logprobs=True)
+        [told, _] = choice.push(piece)
+        texts = [token["token"] for token in told["logprobs"]["content"]]
+    else:
+        [told] = TextChoice(0, tokenizer, StopTexts(["上海"]), True).push(piece)
+        texts = told["logprobs"]["tokens"]
+    assert "".join(texts) == "北京"
 
 
 @pytest.mark.parametrize(("max_tokens", "calls"), [(7, []), (12, [("get_weather", "")]), (50, [("get_weather", "")])])

@@ -85,9 +85,15 @@ def test_what_is_said_beside_a_tool_call_is_the_content():
     assert parse_reply(call, TOOLS).content == ""
 
 
+def test_an_emoji_that_is_written_as_json_escapes_it_is_an_emoji():
+    reply = parse_reply("f\n```python\ntool_call(text='\\ud83d\\ude00')\n```", TOOLS)
+    assert reply.tool_calls == [{"name": "f", "parameters": {"text": "😀"}}]
+
+
 @pytest.mark.parametrize(
     "code",
     [
+        "tool_call(text='\\ud83d')",
         "tool_call(city=__import__('os').getcwd())",
         "__import__('os').system('true')",
         "tool_call('positional')",

@@ -98,6 +98,8 @@ def test_the_grammar_takes_calls_that_fit_the_schema_and_no_others(tokenizer):
     assert allowed(tokenizer, [WEATHER, CLOCK], *calls) == [True] * len(right) + [False] * len(wrong)
     others = [call_message("报时", {}), call_message("报时", {"zone": [1, {"a": None}]}), call_message("unknown", {})]
     assert allowed(tokenizer, [WEATHER, CLOCK], *others) == [True, True, False]
+    named = [{"metadata": "报时", "content": f"```python\ntool_call({name}=1)\n```"} for name in ("class", "classes")]
+    assert allowed(tokenizer, [WEATHER, CLOCK], *named) == [False, True]  # Python takes no keyword for a name
 
 
 def test_parameters_whose_names_are_no_python_names_come_as_a_dictionary(tokenizer):
