@@ -32,25 +32,27 @@ Strike = Callable[[Run], str]
 
 
 def kill_a_worker(run: Run) -> str:
-    """SIGKILL to one of two workers."""
-    run.processes("RayTrainWorker")[-1].kill()
-    return "1 of 2 worker processes"
+    """SIGKILL to one of the workers."""
+    workers = run.processes("RayTrainWorker")
+    workers[-1].kill()
+    return f"1 of {len(workers)} worker processes"
 
 
 def kill_all_workers(run: Run) -> str:
-    """SIGKILL to both."""
-    for process in run.processes("RayTrainWorker"):
+    """SIGKILL to all."""
+    workers = run.processes("RayTrainWorker")
+    for process in workers:
         process.kill()
-    return "both worker processes"
+    return f"all {len(workers)} worker processes"
 
 
 def stop_a_worker(run: Run) -> str:
     """A worker that stands still for five seconds, as on a node that swaps."""
-    process = run.processes("RayTrainWorker")[-1]
-    process.suspend()
+    workers = run.processes("RayTrainWorker")
+    workers[-1].suspend()
     time.sleep(5)
-    process.resume()
-    return "nothing; 1 of 2 workers stood still for 5 s"
+    workers[-1].resume()
+    return f"nothing; 1 of {len(workers)} workers stood still for 5 s"
 
 
 @contextmanager

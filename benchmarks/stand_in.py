@@ -17,6 +17,7 @@ from ray.serve import Application
 
 from chatglm3.engines import AdapterFolders, Delta, Load, Sampling
 from chatglm3.engines.pacing import Pacing
+from chatglm3.stream import TextStream
 from chatglm3.tiny import FOLDER
 from chatglm3.tokenizer import load_tokenizer
 from serve_app import front
@@ -39,7 +40,8 @@ class StandIn:
     def __init__(self, tokens_per_s: float, joins: bool = False) -> None:
         """`joins`: what is due is one piece, and pieces come at the pace of the vLLM engine's."""
         self._tokens_per_s, self._joins = tokens_per_s, joins
-        self._pacing = Pacing()
+        self._pacing, self._tokenizer = Pacing(), load_tokenizer(FOLDER)
+        self._word = max(self._tokenizer.encode("word"))
 
     @property
     def load(self) -> Load:
@@ -51,17 +53,21 @@ class StandIn:
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`."""
-        began, said = time.monotonic(), 1
-        with self._pacing.stream():
-            yield Delta("\n", (5,))  # ends ChatGLM3's metadata line
+        began, said, key = time.monotonic(), 1, object()
+        text = TextStream(self._tokenizer, sampling.stop)
+        with self._pacing.stream(key):
+            last_s = (sampling.max_tokens - 2) / self._tokens_per_s
+            asyncio.get_running_loop().call_later(last_s, self._pacing.end, key)
+            yield Delta("\n", (self._word,))  # ends ChatGLM3's metadata line
             while (left := sampling.max_tokens - said) > 0:
                 if self._joins:
-                    await self._pacing.pause()
+                    await self._pacing.pause(key)
                 await asyncio.sleep(began + (said - 1) / self._tokens_per_s - time.monotonic())
                 due = 2 + int((time.monotonic() - began) * self._tokens_per_s) - said
                 count = min(left, due) if self._joins else 1
                 said += count
-                yield Delta("word " * count, (5,) * count, "length" if count == left else None)
+                words = (self._word,) * count
+                yield Delta(text.push(words), words, "length" if count == left else None)
 
     def close(self) -> None:
         """See `Engine.close`."""
