@@ -5,6 +5,8 @@
 
 Where it answers:
     alone      vLLM's offline interface, LLM.generate, started as the engine starts vLLM, in a process of its own
+    async      vLLM's interface for servers, AsyncLLM.generate, a piece for each token, without any HTTP
+    engine     this project's engine on top of that, whose pieces are joined, without any HTTP
     serve      `serve run`, Ray Serve's own proxy, one replica
     haproxy    the same with HAProxy as Serve's ingress
     engines    HAProxy with separate_engines=true: the engine in a replica of its own, behind two that speak HTTP
@@ -20,7 +22,8 @@ import argparse
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ from benchmarks.fault_places import ray_environment
 from benchmarks.services import example_config, haproxy_environment, service
 from chatglm3.checkpoint import read_config
 from chatglm3.endpoint import Endpoint
+from chatglm3.engines import Sampling, load_engine
 
 TOKENS = 128
 WARM_UP = 32
@@ -42,6 +46,8 @@ READY_S = 400  # vLLM compiles, and captures CUDA graphs
 NAME = "model"
 
 Prompts = Sequence[list[int]]
+Streams = Callable[[list[int]], AsyncIterator[int]]
+"""What yields, for a prompt, how many tokens came each time."""
 
 
 @dataclass
@@ -118,6 +124,72 @@ def _alone(model: Path, counts: Sequence[int], vocabulary: int) -> dict[int, See
     return found
 
 
+def inside(place: str, model: Path, counts: Sequence[int], vocabulary: int) -> dict[int, Seen]:
+    """What a server has below its HTTP, in a process of its own: vLLM's asynchronous interface, or our engine."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_inside, place, model, counts, vocabulary).result()
+
+
+def _inside(place: str, model: Path, counts: Sequence[int], vocabulary: int) -> dict[int, Seen]:
+    with asyncio.Runner() as runner:  # the engine lives in one loop
+        stream, close = runner.run(_STARTS[place](model, max(counts)))
+
+        async def user(ids: list[int], seen: Seen) -> None:
+            sent, waited, tokens = time.perf_counter(), 0.0, 0
+            async for count in stream(ids):
+                waited, tokens = waited or time.perf_counter() - sent, tokens + count
+            seen.tokens.append(tokens)
+            seen.waits_s.append(waited)
+
+        async def ask_together(prompts: Prompts, seen: Seen) -> None:
+            await asyncio.gather(*(user(ids, seen) for ids in prompts))
+
+        try:
+            return measure(lambda prompts, seen: runner.run(ask_together(prompts, seen)), counts, vocabulary)
+        finally:
+            close()
+
+
+async def _start_async(model: Path, most: int) -> tuple[Streams, Callable[[], object]]:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from chatglm3.engines.vllm_engine import engine_arguments
+    from chatglm3.tokenizer import load_tokenizer
+
+    arguments = AsyncEngineArgs(**engine_arguments(model, max_batch=most))
+    engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.OPENAI_API_SERVER)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=TOKENS,
+        stop_token_ids=list(load_tokenizer(model).stop_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+    async def stream(ids: list[int]) -> AsyncIterator[int]:
+        async for output in engine.generate({"prompt_token_ids": ids}, sampling, uuid.uuid4().hex):
+            yield len(output.outputs[0].token_ids)
+
+    return stream, lambda: engine.shutdown(timeout=0)
+
+
+async def _start_engine(model: Path, most: int) -> tuple[Streams, Callable[[], object]]:
+    engine = load_engine("vllm", model, max_batch=most)
+
+    async def stream(ids: list[int]) -> AsyncIterator[int]:
+        async for delta in engine.generate(ids, Sampling(max_tokens=TOKENS)):
+            yield len(delta.token_ids)
+
+    return stream, engine.close
+
+
+_STARTS = {"async": _start_async, "engine": _start_engine}
+
+
 @contextmanager
 def behind_serve(config: dict[str, Any], replicas: int) -> Iterator[str]:
     """Ray Serve's own proxy; yields where it answers."""
@@ -183,11 +255,18 @@ async def _ask(endpoint: Endpoint, prompt: list[int], seen: Seen) -> None:
     seen.answers_s.append(time.perf_counter() - sent)
 
 
+def ask_at(place: str, model: Path, counts: Sequence[int], vocabulary: int) -> dict[int, Seen]:
+    """Measure a model at one of the places."""
+    if place == "alone":
+        return alone(model, counts, vocabulary)
+    return (inside if place in _STARTS else over_http)(place, model, counts, vocabulary)
+
+
 def main() -> None:
     """Read the command line, measure each model at each place, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="folders that merge wrote")
-    places = ("alone", "serve", "haproxy", "engines")
+    places = ("alone", "async", "engine", "serve", "haproxy", "engines")
     parser.add_argument("--places", nargs="+", choices=places, default=places, help="(default: all)")
     parser.add_argument("--at_once", nargs="+", type=int, default=[1, 8, 64, 256], help="(default: 1 8 64 256)")
     chosen = parser.parse_args()
@@ -198,8 +277,7 @@ def main() -> None:
     for model in chosen.models:
         vocabulary = vocabulary_of(model)
         for place in chosen.places:
-            run = alone if place == "alone" else lambda *rest, place=place: over_http(place, *rest)
-            found[model, place] = run(model.resolve(), chosen.at_once, vocabulary)
+            found[model, place] = ask_at(place, model.resolve(), chosen.at_once, vocabulary)
             for count, seen in found[model, place].items():
                 of_place = seen.rate / found[model, chosen.places[0]][count].rate
                 of_model = seen.rate / found[chosen.models[0], place][count].rate
