@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -16,7 +14,7 @@ from chatglm3.chat import question_ids
 from chatglm3.engines import Sampling, complete, load_engine
 from chatglm3.tokenizer import load_tokenizer
 from pipelines.merging import MergeConfig, merge
-from tests.serving import replicas, served, write_endless_model
+from tests.serving import replicas, served
 from tests.waiting import wait_for
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
@@ -25,7 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 QUESTION = [{"role": "user", "content": "你好，你能做什么？"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 APP = "vllm-tiny"
-OTHER_APP = "vllm-separate"
 
 
 @pytest.fixture(scope="module")
@@ -74,30 +71,6 @@ def test_a_replica_whose_vllm_dies_while_it_is_idle_is_replaced_at_once(client):
         process.kill()
     wait_for(lambda: replica not in replicas(APP), 20)
     wait_for(lambda: _answers(client), 200)
-
-
-def test_an_answer_outlives_the_vllm_that_began_it(ray_cluster, tiny, tmp_path_factory):
-    endless = write_endless_model(tiny, tmp_path_factory.mktemp("endless") / "base")
-    model = merge(MergeConfig(base=str(endless), out=str(endless.parent / "model")))
-    args = {"model": model, "name": "tiny", "engine": "vllm", "dtype": "float32", "separate_engines": True}
-    engine = {"name": "EngineServer", "ray_actor_options": {"num_cpus": 0.5}, "health_check_period_s": 60}
-    application = {"name": OTHER_APP, "import_path": "serve_app.app:build", "args": args, "deployments": [engine]}
-    with served({"applications": [application]}, tmp_path_factory.mktemp("serve")) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-        def streamed() -> str:
-            chunks = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=800, stream=True)
-            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-
-        undisturbed = streamed()
-        with ThreadPoolExecutor(2) as threads:
-            streams = [threads.submit(streamed) for _ in range(2)]
-            time.sleep(0.5)
-            assert not any(stream.done() for stream in streams)
-            [replica] = replicas(OTHER_APP, "EngineServer")
-            for process in below(replica, "EngineCore"):
-                process.kill()
-            assert [stream.result() for stream in streams] == [undisturbed] * 2
 
 
 def _answers(client: openai.OpenAI) -> bool:
