@@ -27,7 +27,7 @@ def test_an_answer_outlives_the_vllm_that_began_it(ray_cluster, tiny, tmp_path_f
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
         def streamed() -> str:
-            chunks = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=800, stream=True)
+            chunks = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=200, stream=True)
             return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
         undisturbed = streamed()
